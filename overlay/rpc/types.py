@@ -1,0 +1,62 @@
+"""Messages as values: a kind, a msgpack-able header and raw tensor parts.
+
+The layer above (``blocks.protocol``) builds and reads these; ``overlay.rpc`` frames, signs and carries them.
+Knows nothing of models: a part is a named, shaped, typed run of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor outside msgpack: little-endian, contiguous, row-major.
+
+    ``data`` is any C-contiguous buffer of exactly ``size_bytes`` bytes; it is never mutated after a part was made
+    (senders may still be transmitting it).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview = field(repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        count = DTYPE_BYTES[self.dtype]
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One application message.
+
+    ``header`` holds only what msgpack can carry (None, bool, int, float, str, bytes, list, dict with str keys).
+    ``sender`` and ``recipient`` are raw peer-id bytes: signed, and checked by the receiver. A message that never
+    left the process has ``header_bytes`` and ``signature`` None.
+    """
+
+    kind: str
+    header: Mapping[str, Any]
+    parts: tuple[Part, ...] = ()
+    sender: bytes = b""
+    recipient: bytes = b""
+    header_bytes: bytes | None = field(default=None, repr=False)
+    signature: bytes | None = field(default=None, repr=False)
