@@ -11,10 +11,21 @@ LINES_AT_MOST = 600
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "base"}
 
 PURE = (
-    "overlay/varint.py", "overlay/protobuf.py", "overlay/multiaddr.py", "overlay/noise", "overlay/yamux",
-    "overlay/rpc/types.py", "overlay/rpc/frame.py", "overlay/rpc/codec.py", "overlay/rpc/signing.py",
-    "overlay/dht/records.py", "overlay/dht/store.py", "routing", "blocks/protocol", "blocks/engine/kv_budget.py",
-)  # fmt: skip
+    "overlay/varint.py",
+    "overlay/protobuf.py",
+    "overlay/multiaddr.py",
+    "overlay/noise",
+    "overlay/yamux",
+    "overlay/rpc/types.py",
+    "overlay/rpc/frame.py",
+    "overlay/rpc/codec.py",
+    "overlay/rpc/signing.py",
+    "overlay/dht/records.py",
+    "overlay/dht/store.py",
+    "routing",
+    "blocks/protocol",
+    "blocks/engine/kv_budget.py",
+)
 IMPURE_IMPORTS = {
     "asyncio",
     "socket",
@@ -55,9 +66,7 @@ def test_pure_files_have_no_way_to_reach_the_world() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             wrong += [
-                f"{path.relative_to(ROOT)} imports {name}"
-                for name in names
-                if name.split(".")[0] in IMPURE_IMPORTS
+                f"{path.relative_to(ROOT)} imports {name}" for name in names if name.split(".")[0] in IMPURE_IMPORTS
             ]
             if isinstance(node, ast.AsyncFunctionDef | ast.Await):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} is asynchronous")
@@ -65,6 +74,6 @@ def test_pure_files_have_no_way_to_reach_the_world() -> None:
 
 
 def test_every_module_says_what_it_owns() -> None:
-    missing = [str(path.relative_to(ROOT)) for path in python_files()
-               if path.read_text(encoding="utf-8").strip() and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None]  # fmt: skip
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in python_files()}
+    missing = [name for name, text in sources.items() if text.strip() and not ast.get_docstring(ast.parse(text))]
     assert missing == []
