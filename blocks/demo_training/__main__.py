@@ -32,7 +32,7 @@ def main() -> None:
     """Trains, saves, measures and shows samples."""
     parser = argparse.ArgumentParser(prog="python -m blocks.demo_training", description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="fewer make a worse model sooner")
+    parser.add_argument("--steps", type=int, default=Recipe().steps, help="fewer make a worse model sooner")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

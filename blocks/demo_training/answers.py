@@ -22,28 +22,61 @@ class Exchange:
     combinations: tuple[str, ...]
 
 
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 
 # (questions, answers) of one attribute of an animal; {a} is the kind with its article, {A} the same capitalised.
 _ANIMAL_FACTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "home",
-        ("Where does {a} live?", "Where do you find {a}?", "What is the home of {a}?", "Tell me where {a} lives."),
+        (
+            "Where does {a} live?",
+            "Where do you find {a}?",
+            "What is the home of {a}?",
+            "Tell me where {a} lives.",
+        ),
         ("{A} lives in {home} near {place}.", "You can find {a} in {home} near {place}."),
     ),
     (
         "food",
-        ("What does {a} eat?", "What is the favourite food of {a}?", "What can I give {a} to eat?", "What do you feed {a}?"),
+        (
+            "What does {a} eat?",
+            "What is the favourite food of {a}?",
+            "What can I give {a} to eat?",
+            "What do you feed {a}?",
+        ),
         ("{A} likes to eat {food}.", "{A} eats {food}."),
     ),
     (
         "colour",
-        ("What colour is {a}?", "Which colour does {a} have?", "What color is {a}?", "Tell me the colour of {a}."),
+        (
+            "What colour is {a}?",
+            "Which colour does {a} have?",
+            "What color is {a}?",
+            "Tell me the colour of {a}.",
+        ),
         ("{A} is {colour}.", "Most often, {a} is {colour}."),
     ),
     (
         "young",
-        ("What is a young {kind} called?", "What do you call a baby {kind}?", "What is the name of a baby {kind}?"),
+        (
+            "What is a young {kind} called?",
+            "What do you call a baby {kind}?",
+            "What is the name of a baby {kind}?",
+        ),
         ("A young {kind} is called a {young}.", "A baby {kind} is called a {young}."),
     ),
     (
@@ -96,7 +129,9 @@ def _animal(draw: Draw) -> Exchange:
         "colour": animal.colour, "young": animal.young, "sound": animal.sound, "legs": animal.legs, "skill": animal.skill,
     }  # fmt: skip
     label = f"{attribute} of {animal.kind}"
-    filled = [text.format_map(slots).replace("a infant", "an infant").replace("a owlet", "an owlet") for text in answers]
+    filled = [
+        text.format_map(slots).replace("a infant", "an infant").replace("a owlet", "an owlet") for text in answers
+    ]
     return _fact(draw, label, [text.format_map(slots) for text in questions], filled)
 
 
@@ -135,7 +170,11 @@ def _calendar(draw: Draw) -> Exchange:
 def _sum(draw: Draw) -> Exchange:
     left, right = draw.below(7), draw.below(7)
     one, two, total = _NUMBERS[left], _NUMBERS[right], _NUMBERS[left + right]
-    questions = (f"What is {one} plus {two}?", f"What is {left} plus {right}?", f"How much is {left} + {right}?")
+    questions = (
+        f"What is {one} plus {two}?",
+        f"What is {left} plus {right}?",
+        f"How much is {left} + {right}?",
+    )
     return _fact(draw, f"{one} plus {two}", questions, (f"{_sentence(one)} plus {two} is {total}.",))
 
 
@@ -157,7 +196,12 @@ def _turned(what: str) -> str:
 
 def _recipe(draw: Draw) -> Exchange:
     what, how = draw.even(words.RECIPES)
-    questions = (f"How do you {what}?", f"How can I {what}?", f"Tell me how to {what}.", f"What do I do to {what}?")
+    questions = (
+        f"How do you {what}?",
+        f"How can I {what}?",
+        f"Tell me how to {what}.",
+        f"What do I do to {what}?",
+    )
     return _fact(draw, f"how to {what}", questions, (how,))
 
 

@@ -1,8 +1,8 @@
 """Documents for training and for the held-out measure.
 
-A document is a story or a conversation in the model's chat form. It carries its *combinations*: who is in which plot, what
-is asked in which way. One combination in ``HELD_OUT_ONE_IN`` is held out by its SHA-256: no training document contains
-any held-out combination, and every held-out document contains at least one, so that the two sets share no document and the held-out
+A document is a story or a conversation in the model's chat form. It carries its *combinations*: who is in which plot,
+what is asked in which way. One combination in ``HELD_OUT_ONE_IN`` is held out by its SHA-256: no training document
+contains any of those, and every held-out document contains at least one. So the two sets share no document, and held-out
 text asks for something that training never showed put together.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blocks.demo_training import answers, stories
+from blocks.demo_training import answers, stories, words
 from blocks.demo_training.draw import Draw
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
@@ -42,7 +42,7 @@ def is_held_out(combination: str) -> bool:
 
 def _story(draw: Draw) -> Document:
     episodes = 1 if draw.chance(60) else 2 + draw.below(MAX_EPISODES - 1)
-    story = stories.tell_story(draw, episodes=episodes, hero=draw.even(stories.words.ANIMALS))
+    story = stories.tell_story(draw, episodes=episodes, hero=draw.even(words.ANIMALS))
     return Document(f"{BEGIN}{story.text}{END}", story.combinations)
 
 

@@ -47,7 +47,9 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     begin = SPECIAL_TOKENS.index(BEGIN)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {USER} $B", special_tokens=[(BEGIN, begin), (USER, SPECIAL_TOKENS.index(USER))]
+        single=f"{BEGIN} $A",
+        pair=f"{BEGIN} $A {USER} $B",
+        special_tokens=[(BEGIN, begin), (USER, SPECIAL_TOKENS.index(USER))],
     )
     return tokenizer
 

@@ -30,7 +30,14 @@ HELD_OUT_DOCUMENTS = 200
 MAX_GRADIENT_NORM = 1.0
 REPORT_STEPS = 50
 CHECKPOINT_STEPS = 250
-UNUSED_CONFIG_KEYS = ("_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "output_attentions", "return_dict")
+UNUSED_CONFIG_KEYS = (
+    "_name_or_path",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "return_dict",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,10 @@ def _batches(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[torch.Tensor]:
 def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -120,14 +130,17 @@ def train(tokenizer: Tokenizer, recipe: Recipe, checkpoint: Path | None = None) 
             group["lr"] = recipe.rate(step)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
         recent += loss.item()
         if (step + 1) % REPORT_STEPS == 0:
             elapsed = time.perf_counter() - started
-            print(f"step {step + 1:5d} of {recipe.steps}  loss {recent / REPORT_STEPS:.3f}  {elapsed:6.0f} s", flush=True)
+            print(
+                f"step {step + 1:5d} of {recipe.steps}  loss {recent / REPORT_STEPS:.3f}  {elapsed:6.0f} s",
+                flush=True,
+            )
             recent = 0.0
         if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
             save_model(model, tokenizer, checkpoint)
@@ -177,11 +190,15 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -
     text = json.dumps(kept, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
     ).save_pretrained(str(directory))
     save_tokenizer(tokenizer, directory)
 
 
 def build_tokenizer() -> Tokenizer:
     """Trains the tokenizer on the first training documents."""
-    return train_tokenizer(document.text for document in islice(documents(TRAIN_SEED, held_out=False), TOKENIZER_DOCUMENTS))
+    return train_tokenizer(
+        document.text for document in islice(documents(TRAIN_SEED, held_out=False), TOKENIZER_DOCUMENTS)
+    )

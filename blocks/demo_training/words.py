@@ -53,14 +53,31 @@ ANIMALS: tuple[Animal, ...] = (
 )  # fmt: skip
 
 SHE = frozenset(
-    "Clover Daisy Olive Misty Penny Star Hazel Bella Ella Bess Anna Mia Lily Rosa Nora Ruby Ada Ivy Sara Emma".split()
-)
+    (
+        "Clover", "Daisy", "Olive", "Misty", "Penny", "Star", "Hazel", "Bella", "Ella", "Bess", "Anna", "Mia", "Lily",
+        "Rosa", "Nora", "Ruby", "Ada", "Ivy", "Sara", "Emma",
+    )
+)  # fmt: skip
 NAMES = (
-    "Lily Tom Mia Ben Anna Sam Rosa Jack Nora Leo Ruby Max Ada Finn Ivy Oscar Sara Hugo Emma Theo Rusty Clover Bruno "
-    "Daisy Olive Pip Misty Penny Star Freddy Hazel Gus Bella Toby Ella Momo Bess Spike"
-).split()
+    "Lily", "Tom", "Mia", "Ben", "Anna", "Sam", "Rosa", "Jack", "Nora", "Leo", "Ruby", "Max", "Ada", "Finn", "Ivy",
+    "Oscar", "Sara", "Hugo", "Emma", "Theo", "Rusty", "Clover", "Bruno", "Daisy", "Olive", "Pip", "Misty", "Penny",
+    "Star", "Freddy", "Hazel", "Gus", "Bella", "Toby", "Ella", "Momo", "Bess", "Spike",
+)  # fmt: skip
 
-TRAITS = ("little", "kind", "brave", "clever", "shy", "happy", "curious", "quiet", "young", "friendly", "careful", "proud")
+TRAITS = (
+    "little",
+    "kind",
+    "brave",
+    "clever",
+    "shy",
+    "happy",
+    "curious",
+    "quiet",
+    "young",
+    "friendly",
+    "careful",
+    "proud",
+)
 WEATHER = ("sunny", "warm", "cold", "windy", "bright", "rainy", "quiet", "foggy", "snowy")
 TIMES = ("morning", "day", "afternoon", "evening")
 THINGS = (
@@ -144,18 +161,36 @@ REASONS = (
     ("do we eat", "We eat because food gives us the strength to work and play."),
     ("do cats purr", "Cats purr because they feel safe and warm."),
     ("does ice float", "Ice floats because it is lighter than water."),
-    ("is grass green", "Grass is green because its leaves take in red and blue light and send back the green."),
+    (
+        "is grass green",
+        "Grass is green because its leaves take in red and blue light and send back the green.",
+    ),
     ("do bees make honey", "Bees make honey because they need food for the winter."),
     ("does the moon shine", "The moon shines because it sends back the light of the sun."),
 )
 RECIPES = (
-    ("make bread", "Mix flour, water, salt and yeast. Wait until the dough is big, and then bake it in a hot oven."),
-    ("make tea", "Boil some water. Pour it over the leaves, wait for three minutes, and then drink it slowly."),
-    ("plant a tree", "Dig a hole in good soil. Put the young tree in, fill the hole, and give it water every day."),
+    (
+        "make bread",
+        "Mix flour, water, salt and yeast. Wait until the dough is big, and then bake it in a hot oven.",
+    ),
+    (
+        "make tea",
+        "Boil some water. Pour it over the leaves, wait for three minutes, and then drink it slowly.",
+    ),
+    (
+        "plant a tree",
+        "Dig a hole in good soil. Put the young tree in, fill the hole, and give it water every day.",
+    ),
     ("catch a fish", "Sit quietly by the river. Put some bread on the hook and wait until the line moves."),
-    ("make a fire", "Find some dry wood and small sticks. Put stones around them, and light the sticks first."),
+    (
+        "make a fire",
+        "Find some dry wood and small sticks. Put stones around them, and light the sticks first.",
+    ),
     ("find a friend", "Be kind, listen well, and share what you have. A friend will come."),
-    ("make soup", "Cut carrots and onions into small pieces. Put them in hot water and cook them for an hour."),
+    (
+        "make soup",
+        "Cut carrots and onions into small pieces. Put them in hot water and cook them for an hour.",
+    ),
     ("learn a song", "Listen to it many times. Sing one line a day, and soon you will know all of it."),
     ("clean a room", "Open the window. Put every thing in its place, and then wash the floor."),
     ("build a house", "Start with strong stones. Then put up the walls, and make the roof last."),
@@ -173,8 +208,14 @@ SMALL_TALK = (
     ("What are you?", "I am a small language model. My twelve blocks can live on many machines at once."),
     ("What is your name?", "I am the demo model of peerd. I am small, but I like to help."),
     ("What is peerd?", "It is a program that lets many machines run one language model together."),
-    ("What can you do?", "I can tell short stories and answer simple questions about animals, colours and numbers."),
-    ("How big are you?", "I am very small. I have only twelve blocks, and all of them fit in a few megabytes."),
+    (
+        "What can you do?",
+        "I can tell short stories and answer simple questions about animals, colours and numbers.",
+    ),
+    (
+        "How big are you?",
+        "I am very small. I have only twelve blocks, and all of them fit in a few megabytes.",
+    ),
     ("Where do you live?", "I live on many machines at once. Each of them keeps a few of my blocks."),
     ("Can you help me?", "Yes, I can try. Ask me about animals, colours, numbers or days."),
 )
