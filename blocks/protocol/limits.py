@@ -48,7 +48,7 @@ TICK_S = 0.25
 
 # --- what a driver keeps and expects ---
 QUEUED_WINDOWS_MAX = 4096
-READY_DEADLINE_S = 15.0
+READY_DEADLINE_S = 10.0
 """From `open` to `ready`, dialling included."""
 SILENT_HEARTBEATS = 3
 PROGRESS_FLOOR_S = 5.0
@@ -57,5 +57,9 @@ PROGRESS_PER_TOKEN_S = 0.1
 PROGRESS_FACTOR = 20.0
 STALL_MAX_S = 120.0
 """A turn that takes longer than this is lost even if the hops' engines say that they move."""
+LINK_BYTES_PER_S_MIN = 32 << 10
+"""What the slowest link worth having carries: bytes under way stretch the deadline of a turn by it."""
+WINDOW_LOST_S = 15.0
+"""A turn under way for longer, while no hop owns to a window, fell between them (bytes under way come on top)."""
 GAP_REPAIR_S = 1.0
 """How long a predecessor may take to fill a gap from its journal before the driver replays."""

@@ -64,6 +64,9 @@ class SessionFault(PeerdError):
         retry_after_s: when the same hop may be asked again (`busy`), or None.
     """
 
+    exit_code = 40
+    http_status = 503
+
     def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         meaning = CODES.get(code, UNKNOWN)
