@@ -320,7 +320,8 @@ class Hops:
             mine = sum(1 for other in self._sessions.values() if other.driver == driver)
             if len(self._sessions) >= self._settings.sessions_max or mine >= limits.SESSIONS_PER_DRIVER_MAX:
                 return SessionFault("busy", "this server holds as many sessions as it can", 1.0)
-        return self._admission.admit(lease, order.model, order.compute_class, order.adapter, hop.span, order.max_tokens)
+        wish = Wish(order.model, order.compute_class, order.adapter, hop.span, order.max_tokens)
+        return self._admission.admit(lease, wish)
 
     # --- ends ---
 
@@ -364,6 +365,9 @@ class Hops:
         else:
             fault = SessionFault("stale-epoch", "this epoch was left")
         self._answer(channel, order, driver, fault)
+
+    def _answer_unsupported(self, message: Envelope, peer: bytes, channel: object) -> None:
+        self._answer(channel, message, peer, SessionFault("unsupported", "this version doesn't know the request"))
 
     def _answer(self, channel: object, to: Envelope, peer: bytes, error: PeerdError, turn: int | None = None) -> None:
         self._refused[error.code] += 1
