@@ -1,0 +1,25 @@
+"""The bounds of everything read from model files, manifests and the hub. All of them are ours; no spec fixes them."""
+
+from __future__ import annotations
+
+MAX_CONFIG_BYTES = 4 << 20
+MAX_CONFIG_DEPTH = 32
+MAX_INDEX_BYTES = 64 << 20
+MAX_HEADER_BYTES = 64 << 20  # of one safetensors file; the format's own bound is 100 MB
+MAX_SHARDS = 2048
+MAX_TENSORS = 1 << 20
+MAX_TENSOR_RANK = 8
+MAX_BLOCKS = 4096
+MAX_NAME_CHARS = 512
+MAX_MANIFEST_TENSORS = 4096
+MAX_MANIFEST_FILES = 32
+HASH_CHUNK_BYTES = 4 << 20
+
+HUB_ATTEMPTS = 4
+HUB_RETRY_AFTER_S = 60.0  # the longest wait that a hub's retry-after is granted
+HUB_TIMEOUT_S = 30.0
+FREE_DISK_MARGIN_BYTES = 256 << 20
+
+CACHE_FIRST_TOKENS = 64  # what a new KV cache reserves before it doubles
+PLAN_TOKENS = 128  # positions whose rotary rows are worked out in one go
+PLAN_TABLES = 8  # such stretches kept per span
