@@ -105,11 +105,6 @@ _STORY_REQUESTS = (
 )  # fmt: skip
 
 
-def with_article(kind: str) -> str:
-    """Returns the noun with "a" or "an" before it."""
-    return f"an {kind}" if kind[0] in "aeio" else f"a {kind}"
-
-
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
@@ -123,7 +118,7 @@ def _fact(draw: Draw, label: str, questions: Sequence[str], answers: Sequence[st
 def _animal(draw: Draw) -> Exchange:
     animal = draw.even(words.ANIMALS)
     attribute, questions, answers = draw.even(_ANIMAL_FACTS)
-    one = with_article(animal.kind)
+    one = words.with_article(animal.kind)
     slots = {
         "a": one, "A": _sentence(one), "kind": animal.kind, "home": animal.home, "place": animal.place, "food": animal.food,
         "colour": animal.colour, "young": animal.young, "sound": animal.sound, "legs": animal.legs, "skill": animal.skill,
@@ -237,13 +232,13 @@ def _story(draw: Draw) -> Exchange:
         name=name if "{name}" in request else None,
         friend=friend if "{b}" in request else None,
     )
-    question = request.format(a=with_article(hero.kind), b=with_article(friend.kind), name=name)
+    question = request.format(a=words.with_article(hero.kind), b=words.with_article(friend.kind), name=name)
     return Exchange(question, story.text, story.combinations)
 
 
 _FAMILIES: tuple[tuple[int, Callable[[Draw], Exchange]], ...] = (
     (30, _animal), (7, _colour), (7, _opposite), (8, _capital), (5, _calendar), (7, _sum), (6, _reason), (7, _recipe),
-    (3, _season), (8, _small_talk), (6, _unknown), (6, _story),
+    (3, _season), (7, _small_talk), (6, _unknown), (7, _story),
 )  # fmt: skip
 
 

@@ -20,7 +20,10 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (PAD, BEGIN, END, SYSTEM, USER, ASSISTANT)
 
 HELD_OUT_ONE_IN = 16
-STORY_PERCENT = 50
+STORY_PERCENT = 45
+PLAIN_ANSWER_PERCENT = 12
+LATE_START_PERCENT = 15
+CASUAL_PERCENT = 15
 MAX_EPISODES = 5
 MAX_EXCHANGES = 6
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer in plain English.", "You are a friendly teacher.")
@@ -43,7 +46,23 @@ def is_held_out(combination: str) -> bool:
 def _story(draw: Draw) -> Document:
     episodes = 1 if draw.chance(60) else 2 + draw.below(MAX_EPISODES - 1)
     story = stories.tell_story(draw, episodes=episodes, hero=draw.even(words.ANIMALS))
-    return Document(f"{BEGIN}{story.text}{END}", story.combinations)
+    # A prompt may begin anywhere in a story, not only with once upon a time.
+    start = 1 + draw.below(4) if draw.chance(LATE_START_PERCENT) else 0
+    return Document(f"{BEGIN}{' '.join(story.sentences[start:])}{END}", story.combinations)
+
+
+def _question(draw: Draw, question: str) -> str:
+    """Writes a question the way that people type: often without capital and full stop."""
+    if not draw.chance(CASUAL_PERCENT):
+        return question
+    question = question.rstrip(".?!")
+    return question.lower() if draw.chance(50) else question
+
+
+def _plain_answer(draw: Draw) -> Document:
+    """A question and its answer as running text, for prompts that come without the chat form."""
+    exchange = answers.ask(draw)
+    return Document(f"{BEGIN}{_question(draw, exchange.question)} {exchange.answer}{END}", exchange.combinations)
 
 
 def _conversation(draw: Draw) -> Document:
@@ -53,14 +72,17 @@ def _conversation(draw: Draw) -> Document:
         parts.append(f"{SYSTEM}{draw.even(_SYSTEM_PROMPTS)}{END}")
     for _ in range(1 + draw.below(MAX_EXCHANGES)):
         exchange = answers.ask(draw)
-        parts.append(f"{USER}{exchange.question}{END}{ASSISTANT}{exchange.answer}{END}")
+        parts.append(f"{USER}{_question(draw, exchange.question)}{END}{ASSISTANT}{exchange.answer}{END}")
         combinations += exchange.combinations
     return Document("".join(parts), tuple(combinations))
 
 
 def draw_document(draw: Draw) -> Document:
     """Draws one document of either set."""
-    return _story(draw) if draw.chance(STORY_PERCENT) else _conversation(draw)
+    roll = draw.below(100)
+    if roll < STORY_PERCENT:
+        return _story(draw)
+    return _plain_answer(draw) if roll < STORY_PERCENT + PLAIN_ANSWER_PERCENT else _conversation(draw)
 
 
 def documents(seed: int, *, held_out: bool) -> Iterator[Document]:

@@ -20,6 +20,8 @@ OPENING: Step = (
     "Long ago, a {trait} {kind} named {name} lived in a land far away.",
     "{name} was a {trait} {kind}.",
     "This is the story of {name}, a {trait} {kind}.",
+    "The {trait} {kind} was called {name}.",
+    "A {trait} {kind} named {name} lived near {place}.",
 )
 HABITS: Step = (
     "{He} lived in {home} near {place}.",
@@ -30,8 +32,8 @@ HABITS: Step = (
     "Everyone near {place} knew {him} well.",
 )
 FRIENDS: Step = (
-    "{His} best friend was a {fkind} named {friend}.",
-    "{He} had a good friend, a {fkind} named {friend}.",
+    "{His} best friend was {a_friend} named {friend}.",
+    "{He} had a good friend, {a_friend} named {friend}.",
     "{He} often played with {friend}, the {fkind}.",
     "Next door lived {friend}, a {ftrait} {fkind}.",
 )
@@ -304,8 +306,13 @@ PLOTS: Mapping[str, tuple[Step, ...]] = {
 class Story:
     """A told story, and the combinations that decide whether it is held out."""
 
-    text: str
+    sentences: tuple[str, ...]
     combinations: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The whole story."""
+        return " ".join(self.sentences)
 
 
 def _pronouns(name: str, prefix: str = "") -> dict[str, str]:
@@ -327,6 +334,7 @@ def _cast(draw: Draw, hero: words.Animal, name: str | None, friend: words.Animal
     return {
         "kind": hero.kind, "name": given, "home": hero.home, "place": hero.place, "food": hero.food, "skill": hero.skill,
         "trait": draw.pick(words.TRAITS), "friend": friend_name, "fkind": other.kind, "ffood": other.food,
+        "a_friend": words.with_article(other.kind),
         "ftrait": draw.pick(words.TRAITS), **_pronouns(given), **_pronouns(friend_name, "f"),
     }  # fmt: skip
 
@@ -380,4 +388,4 @@ def tell_story(
             f"{plot} {slots[SUBJECT[plot]]} with {cast['fkind']}",
         ]
     sentences.append(draw.pick(words.MORALS).format_map(cast))
-    return Story(" ".join(sentences), tuple(combinations))
+    return Story(tuple(sentences), tuple(combinations))

@@ -44,7 +44,7 @@ UNUSED_CONFIG_KEYS = (
 class Recipe:
     """What a run does; the defaults made the committed model."""
 
-    steps: int = 2000
+    steps: int = 1500
     long_percent: int = 12  # share of the steps, at the end, that see sequences as long as the context
     batch_tokens: int = 2048
     short_tokens: int = 256
@@ -197,8 +197,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -
     save_tokenizer(tokenizer, directory)
 
 
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(documents_count: int = TOKENIZER_DOCUMENTS) -> Tokenizer:
     """Trains the tokenizer on the first training documents."""
-    return train_tokenizer(
-        document.text for document in islice(documents(TRAIN_SEED, held_out=False), TOKENIZER_DOCUMENTS)
-    )
+    source = islice(documents(TRAIN_SEED, held_out=False), documents_count)
+    return train_tokenizer(document.text for document in source)

@@ -25,6 +25,11 @@ class Animal:
     legs: str
 
 
+def with_article(noun: str) -> str:
+    """Returns the noun with "a" or "an" before it."""
+    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"
+
+
 ANIMALS: tuple[Animal, ...] = (
     Animal("fox", "Rusty", "a den", "the forest", "berries", "red", "cub", "bark", "run", "four"),
     Animal("rabbit", "Clover", "a burrow", "the meadow", "carrots", "white", "kit", "squeak", "jump", "four"),
@@ -81,7 +86,7 @@ TRAITS = (
 WEATHER = ("sunny", "warm", "cold", "windy", "bright", "rainy", "quiet", "foggy", "snowy")
 TIMES = ("morning", "day", "afternoon", "evening")
 THINGS = (
-    "red ball", "blue hat", "small bell", "silver key", "old book", "green scarf", "wooden boat", "yellow kite",
+    "red ball", "blue hat", "small bell", "silver key", "thick book", "green scarf", "wooden boat", "yellow kite",
     "warm blanket", "golden ring", "paper map", "little drum", "shiny stone", "blue lamp",
 )  # fmt: skip
 SPOTS = (
