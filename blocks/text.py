@@ -162,6 +162,7 @@ class TextCodec:
             AttributeError,
             ArithmeticError,
             RecursionError,
+            MemoryError,
         ) as error:
             raise ChatTemplateError(f"The chat template refuses this conversation: {error!s:.200}") from error
         return "".join(pieces)
