@@ -1,0 +1,424 @@
+"""One secured, multiplexed connection: the synchronous path between a socket and its streams.
+
+Owns the upgrade, decryption into the mux, and the one writer that drains control frames first and then streams by
+priority, round robin within one. Never awaits: reading only ever enqueues and calls receivers, writing stops at the
+transport's high-water mark and goes on from `resume_writing`. See docs/design.md, "one token's path".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+from weakref import WeakKeyDictionary
+
+from overlay import limits
+from overlay.errors import ConnectionLost, LimitExceeded, PeerdError, ProtocolViolation, StreamReset, UpgradeError
+from overlay.identity import PeerId
+from overlay.multiaddr import Multiaddr, tcp_address
+from overlay.noise.transport import PLAINTEXT_BYTES_MAX, CipherState, FrameSplitter
+from overlay.stream import Priority, Stream
+from overlay.upgrade import Upgrade
+from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, HEADER_BYTES, Lane, Session
+
+log = logging.getLogger(__name__)
+
+_rings: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
+
+
+def receive_ring(loop: asyncio.AbstractEventLoop) -> memoryview:
+    """The receive buffer that all connections of one loop share."""
+    ring = _rings.get(loop)
+    if ring is None:
+        ring = _rings[loop] = memoryview(bytearray(limits.RECEIVE_RING_BYTES))
+    return ring
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionStatistics:
+    """Counters of one connection."""
+
+    sent_bytes: int
+    received_bytes: int
+    streams: int
+    rtt_s: float | None
+    uplink_bytes_per_s: float | None
+
+
+class ConnectionOwner(Protocol):
+    """What a connection tells its host; synchronous."""
+
+    def connection_admitted(self, connection: Connection) -> bool: ...
+    def connection_upgraded(self, connection: Connection) -> None: ...
+    def connection_ended(self, connection: Connection, error: PeerdError) -> None: ...
+    def stream_opened(self, connection: Connection, stream: Stream) -> None: ...
+    def stream_ready(self, connection: Connection, stream: Stream) -> None: ...
+    def served_protocols(self) -> frozenset[str]: ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """See the module. Made by the host, one per socket."""
+
+    def __init__(
+        self,
+        owner: ConnectionOwner,
+        upgrade: Callable[[], Upgrade],
+        clock_now: Callable[[], float],
+        *,
+        is_inbound: bool,
+    ) -> None:
+        self._owner = owner
+        self._make_upgrade = upgrade
+        self._now = clock_now
+        self.is_inbound = is_inbound
+        self.remote_address: Multiaddr | None = None
+        self.upgraded: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        self._closed = asyncio.Event()
+        self._transport: asyncio.Transport | None = None
+        self._upgrade: Upgrade | None = None
+        self._remote_peer: PeerId | None = None
+        self._sender: CipherState | None = None
+        self._receiver: CipherState | None = None
+        self._splitter = FrameSplitter()
+        self.session = Session(self, client=not is_inbound)
+        self._error: PeerdError | None = None
+        self._ready: tuple[deque[Stream], ...] = tuple(deque() for _ in Priority)
+        self._blocked = False
+        self._blocked_at = 0.0
+        self._blocked_bytes = 0
+        self._uplink: float | None = None
+        self._pumping = False
+        self._reading = False
+        self.draining = False
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.opened_at = 0.0
+        self.last_received = 0.0
+        self.unnegotiated = 0
+
+    # --- facts ---
+
+    @property
+    def remote_peer(self) -> PeerId:
+        assert self._remote_peer is not None, "only upgraded connections leave the host"
+        return self._remote_peer
+
+    @property
+    def rtt_s(self) -> float | None:
+        return self.session.rtt_s
+
+    @property
+    def uplink_bytes_per_s(self) -> float | None:
+        """Measured while the socket was the bottleneck, or None: it never was."""
+        return self._uplink
+
+    @property
+    def error(self) -> PeerdError | None:
+        return self._error
+
+    @property
+    def was_upgraded(self) -> bool:
+        """Whether a peer was ever authenticated on it."""
+        return self._remote_peer is not None
+
+    @property
+    def is_open(self) -> bool:
+        return self._error is None and self._remote_peer is not None
+
+    def statistics(self) -> ConnectionStatistics:
+        return ConnectionStatistics(
+            self.sent_bytes, self.received_bytes, len(self.session.lanes), self.rtt_s, self._uplink
+        )
+
+    # --- asyncio ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(limits.WRITE_HIGH_WATER_BYTES, limits.WRITE_LOW_WATER_BYTES)
+        name = transport.get_extra_info("peername")
+        if isinstance(name, Multiaddr):
+            self.remote_address = name
+        elif name:
+            self.remote_address = tcp_address(name[0], name[1])
+        self._ring = receive_ring(asyncio.get_running_loop())
+        self.opened_at = self.last_received = self._now()
+        if not self._owner.connection_admitted(self):
+            self.abort(UpgradeError("Too many handshakes at once; try again later."))
+            return
+        self._upgrade = self._make_upgrade()
+        first = self._upgrade.start()
+        if first:
+            self._transport.write(first)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._ring
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received_bytes += nbytes
+        self.last_received = now = self._now()
+        self._reading = True
+        try:
+            data = self._ring[:nbytes]
+            if self._upgrade is not None:
+                self._upgrading(self._upgrade, data, now)
+            elif self._error is None:
+                self._received(data, now)
+        except PeerdError as error:
+            self._violated(error)
+        finally:
+            self._reading = False
+        self.pump()
+
+    def _upgrading(self, upgrade: Upgrade, data: memoryview, now: float) -> None:
+        answer = upgrade.receive(data)
+        if answer and self._transport is not None:
+            self._transport.write(answer)
+        if not upgrade.is_done or upgrade.result is None:
+            return
+        self._upgrade = None
+        result = upgrade.result
+        self._remote_peer, self._sender, self._receiver = result.remote_peer, result.sender, result.receiver
+        self._owner.connection_upgraded(self)
+        if self._error is None:
+            if not self.upgraded.done():
+                self.upgraded.set_result(self)
+            rest = upgrade.rest
+            if rest:
+                self._received(memoryview(rest), now)
+
+    def _received(self, data: memoryview, now: float) -> None:
+        receiver, session = self._receiver, self.session
+        assert receiver is not None
+        for sealed in self._splitter.feed(data):
+            session.receive(memoryview(receiver.open(sealed)), now)
+            if self._error is not None:
+                return
+
+    def eof_received(self) -> bool:
+        self._fail(ConnectionLost("The peer closed the connection."))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(ConnectionLost(f"The connection broke ({exc})." if exc else "The connection was closed."))
+        self._transport = None
+        self._closed.set()
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+        self._blocked_at = self._now()
+        self._blocked_bytes = self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        elapsed = self._now() - self._blocked_at
+        moved = self._blocked_bytes - (self._transport.get_write_buffer_size() if self._transport is not None else 0)
+        if elapsed > 0 and moved > 0:
+            rate = moved / elapsed
+            self._uplink = rate if self._uplink is None else 0.7 * self._uplink + 0.3 * rate
+        self.pump()
+
+    # --- the mux's events ---
+
+    def lane_opened(self, lane: Lane) -> None:
+        if self.unnegotiated >= limits.STREAMS_UNNEGOTIATED_MAX * 16 or self.draining:
+            self.session.reset(lane)
+            return
+        stream = Stream(self, lane, Priority.CONTROL)
+        stream.accept_from(self._owner.served_protocols())
+        self.unnegotiated += 1
+        self._owner.stream_opened(self, stream)
+
+    def lane_data(self, lane: Lane, data: memoryview) -> None:
+        if isinstance(lane.owner, Stream):
+            lane.owner.data_received(data)
+
+    def lane_finished(self, lane: Lane) -> None:
+        if isinstance(lane.owner, Stream):
+            lane.owner.eof_received()
+
+    def lane_reset(self, lane: Lane) -> None:
+        if isinstance(lane.owner, Stream):
+            lane.owner.lost(StreamReset("The peer reset the stream."))
+
+    def lane_window(self, lane: Lane) -> None:
+        if isinstance(lane.owner, Stream) and lane.owner.outgoing:
+            self.schedule(lane.owner)
+
+    def pong(self, rtt_s: float) -> None:
+        """The session keeps the round trip time."""
+
+    def go_away(self, code: int) -> None:
+        self.draining = True
+        if code != GOAWAY_NORMAL:
+            self._fail(ConnectionLost(f"The peer ended the connection (go-away {code})."))
+
+    # --- streams ---
+
+    def open_stream(self, protocol: str, priority: Priority = Priority.CONTROL) -> Stream:
+        """A new stream whose negotiation has started; `Stream.wait_negotiated` tells its end. Raises LimitExceeded, ConnectionLost."""
+        if self._error is not None:
+            raise self._error
+        if self.draining:
+            raise ConnectionLost("The connection is closing; dial the peer again.")
+        stream = Stream(self, self.session.open(), priority)
+        if priority in (Priority.DECODE, Priority.BULK):
+            self.session.grant(stream.lane, limits.EXTRA_WINDOW_BYTES)
+        stream.propose(protocol)
+        asyncio.get_running_loop().call_soon(self.pump)
+        return stream
+
+    def stream_negotiated(self, stream: Stream) -> None:
+        """An inbound or outbound stream agreed on its protocol."""
+        if not stream.lane.outbound:
+            self.unnegotiated -= 1
+            self._owner.stream_ready(self, stream)
+
+    def bytes_consumed(self, lane: Lane, count: int) -> None:
+        """The application took bytes: credit flows back with the next write."""
+        if self._error is None:
+            self.session.consumed(lane, count, self._now())
+            if self.session.has_control and not self._reading:
+                self.pump()
+
+    def schedule(self, stream: Stream) -> None:
+        """Put a stream that has something to send in its priority's queue."""
+        if not stream.scheduled and stream.outgoing:
+            stream.scheduled = True
+            self._ready[stream.priority].append(stream)
+
+    # --- the writer ---
+
+    def pump(self) -> None:
+        """Seal and write until everything queued is out, windows are shut, or the socket is full."""
+        if self._pumping or self._sender is None or self._transport is None or self._error is not None:
+            return
+        self._pumping = True
+        try:
+            while not self._blocked:
+                plaintext = self._fill()
+                if not plaintext:
+                    break
+                sealed = self._sender.seal_framed(plaintext)
+                self.sent_bytes += len(sealed)
+                self._transport.write(sealed)
+        except ProtocolViolation as error:
+            self._violated(error)
+        finally:
+            self._pumping = False
+
+    def _chunk_bytes(self) -> int:
+        if self._uplink is None:
+            return limits.CHUNK_BYTES_MAX
+        return min(limits.CHUNK_BYTES_MAX, max(limits.CHUNK_BYTES_MIN, int(self._uplink * limits.CHUNK_SECONDS)))
+
+    def _fill(self) -> bytes:
+        """The next Noise plaintext: control frames, then frames of streams in order of priority."""
+        pieces: list[bytes | memoryview] = []
+        room = min(PLAINTEXT_BYTES_MAX, self._chunk_bytes())
+        if self.session.has_control:
+            control = self.session.poll_control()
+            if len(control) > room:
+                return self._split_control(control)
+            pieces.append(control)
+            room -= len(control)
+        for queue in self._ready:
+            while queue and room > HEADER_BYTES:
+                stream = queue.popleft()
+                stream.scheduled = False
+                room -= self._take(stream, room, pieces)
+                self.schedule_rest(stream)
+            if queue:
+                break
+        return b"".join(pieces)
+
+    def _split_control(self, control: bytes) -> bytes:
+        sender, transport = self._sender, self._transport
+        assert sender is not None and transport is not None
+        for start in range(0, len(control), PLAINTEXT_BYTES_MAX // 2):
+            transport.write(sender.seal_framed(control[start : start + PLAINTEXT_BYTES_MAX // 2]))
+        return b""
+
+    def schedule_rest(self, stream: Stream) -> None:
+        """Queue the stream again if its window lets it go on."""
+        if stream.outgoing and stream.lane.send_window > 0:
+            self.schedule(stream)
+
+    def _take(self, stream: Stream, room: int, pieces: list[bytes | memoryview]) -> int:
+        lane = stream.lane
+        if not lane.can_send:
+            return 0
+        budget = min(room - HEADER_BYTES, lane.send_window, stream.outgoing_bytes)
+        if budget <= 0:
+            return 0
+        pieces.append(self.session.data_header(lane, budget))
+        left = budget
+        while left:
+            view = stream.outgoing[0]
+            if len(view) <= left:
+                pieces.append(view)
+                left -= len(view)
+                stream.outgoing.popleft()
+            else:
+                pieces.append(view[:left])
+                stream.outgoing[0] = view[left:]
+                left = 0
+        stream.outgoing_bytes -= budget
+        stream.sent()
+        return HEADER_BYTES + budget
+
+    # --- the end ---
+
+    def _violated(self, error: PeerdError) -> None:
+        if self._sender is not None and self._transport is not None and self._error is None:
+            log.warning("connection to %s ended: %s", self._remote_peer, error)
+            try:
+                self.session.go_away(GOAWAY_PROTOCOL)
+                self._transport.write(self._sender.seal_framed(self.session.poll_control()[:PLAINTEXT_BYTES_MAX]))
+            except (ProtocolViolation, LimitExceeded):
+                pass
+        self._fail(error)
+
+    def _fail(self, error: PeerdError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        if self._transport is not None:
+            self._transport.close()
+        if not self.upgraded.done():
+            self.upgraded.set_exception(error)
+            self.upgraded.exception()
+        for lane in self.session.live_lanes():
+            if isinstance(lane.owner, Stream):
+                lane.owner.lost(ConnectionLost(str(error)))
+        self._owner.connection_ended(self, error)
+
+    def close_nowait(self) -> None:
+        """Say GOAWAY, flush what the socket takes, and close."""
+        if self._error is None:
+            self.session.go_away(GOAWAY_NORMAL)
+            self.pump()
+            self._fail(ConnectionLost("The connection was closed on this side."))
+
+    def abort(self, error: PeerdError) -> None:
+        """Drop it without a word (a handshake that takes too long, a silent peer)."""
+        transport = self._transport
+        self._fail(error)
+        if transport is not None:
+            transport.abort()
+
+    async def close(self) -> None:
+        """Close, and wait (at most `CLOSE_TIMEOUT_S`) until the socket is gone."""
+        self.close_nowait()
+        try:
+            async with asyncio.timeout(limits.CLOSE_TIMEOUT_S):
+                await self._closed.wait()
+        except TimeoutError:
+            if self._transport is not None:
+                self._transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Until the connection has ended, whatever the reason."""
+        await self._closed.wait()

@@ -1,0 +1,51 @@
+"""Bounds of the overlay's shells that we chose; those that a specification fixes stand beside their cores."""
+
+from __future__ import annotations
+
+RECEIVE_RING_BYTES = 256 << 10
+"""One receive buffer per event loop, shared by all sockets: it is consumed before `buffer_updated` returns."""
+READ_BUDGET_BYTES = 1 << 20
+"""After so many bytes in one callback a connection lets others read first."""
+WRITE_HIGH_WATER_BYTES = 256 << 10
+WRITE_LOW_WATER_BYTES = 64 << 10
+CHUNK_BYTES_MAX = 64 << 10
+CHUNK_BYTES_MIN = 4 << 10
+CHUNK_SECONDS = 0.005
+"""A frame is at most this long on the measured uplink, so that priorities act."""
+NOTSENT_LOWAT_BYTES = 128 << 10
+
+STREAM_SEND_QUEUE_BYTES = 256 << 20
+"""What `write_nowait` may queue on a stream: senders are bounded by their own credits well below it."""
+STREAM_WRITE_HIGH_WATER_BYTES = 1 << 20
+"""`write` waits while more than this is queued on its stream."""
+STREAM_RECEIVE_BUFFER_BYTES = 32 << 20
+EXTRA_WINDOW_BYTES = 1 << 20
+"""Granted at once on decode and bulk streams, whose messages outgrow the initial window."""
+
+UPGRADE_TIMEOUT_S = 10.0
+NEGOTIATE_TIMEOUT_S = 10.0
+DIAL_TIMEOUT_S = 6.0
+DIAL_STAGGER_S = 0.25
+CLOSE_TIMEOUT_S = 1.0
+DUPLICATE_DRAIN_S = 10.0
+HANDSHAKES_MAX = 64
+HANDSHAKES_PER_ADDRESS_S = 5.0
+HANDSHAKES_BURST = 20
+HANDSHAKE_ADDRESSES_REMEMBERED = 4096
+CONNECTIONS_MAX = 512
+STREAMS_UNNEGOTIATED_MAX = 16
+INBOUND_STREAMS_PER_PEER_DEFAULT = 64
+
+PING_IDLE_S = 15.0
+SILENT_DEAD_S = 30.0
+"""With a ping outstanding and no byte for so long, a connection is dead."""
+DIAL_BACKOFF_MIN_S = 1.0
+DIAL_BACKOFF_MAX_S = 300.0
+
+PEERS_REMEMBERED = 4096
+ADDRESSES_PER_PEER = 16
+ADDRESS_LIFE_S = 3600.0
+IDENTIFY_BYTES_MAX = 8 << 10
+IDENTIFY_MESSAGES_MAX = 10
+IDENTIFY_TIMEOUT_S = 10.0
+PROTOCOLS_PER_PEER = 128

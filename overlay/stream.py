@@ -1,0 +1,311 @@
+"""One lane of a connection, for applications: pull (`read`) or push (`set_receiver`), write with or without waiting.
+
+Owns both directions' queues of one yamux stream and the multistream negotiation at its head. A shell: it awaits its own
+events only; bytes move in the connection's synchronous path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol
+
+from overlay import limits
+from overlay.errors import LimitExceeded, PeerdError, ProtocolRefused, ProtocolViolation, StreamClosed, StreamReset
+from overlay.identity import PeerId
+from overlay.multistream import Initiator, Responder, proposal
+from overlay.yamux.session import Lane
+
+if TYPE_CHECKING:
+    from overlay.connection import Connection
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Priority(IntEnum):
+    """Lower goes first on the wire."""
+
+    CONTROL = 0
+    DECODE = 1
+    BULK = 2
+    BLOB = 3
+
+
+class StreamReceiver(Protocol):
+    """Push mode. Called synchronously from the socket's callback; a view is valid during the call only."""
+
+    def data_received(self, data: memoryview) -> None: ...
+    def eof_received(self) -> None: ...
+    def stream_lost(self, error: PeerdError) -> None: ...
+
+
+class Stream:
+    """A bidirectional byte pipe to a peer. Cancel-safe, except that a `write` cancelled in the middle resets it."""
+
+    def __init__(self, connection: Connection, lane: Lane, priority: Priority) -> None:
+        self.connection = connection
+        self.priority = priority
+        self.protocol = ""
+        self.lane = lane
+        lane.owner = self
+        self._initiator: Initiator | None = None
+        self._responder: Responder | None = None
+        self._negotiated = asyncio.Event()
+        self._received: deque[bytes] = deque()
+        self._received_bytes = 0
+        self._eof = False
+        self._error: PeerdError | None = None
+        self._receiver: StreamReceiver | None = None
+        self._readable = asyncio.Event()
+        self.outgoing: deque[memoryview] = deque()
+        self.outgoing_bytes = 0
+        self.scheduled = False
+        self._finish_after_drain = False
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    @property
+    def remote_peer(self) -> PeerId:
+        return self.connection.remote_peer
+
+    @property
+    def error(self) -> PeerdError | None:
+        """Why the stream can't be used any more, or None."""
+        return self._error
+
+    # --- negotiation ---
+
+    def propose(self, protocol: str) -> None:
+        """Start negotiating as the initiator; data may follow at once (lazily)."""
+        self.protocol = protocol
+        self._initiator = Initiator(protocol)
+        self._enqueue(proposal(protocol))
+
+    def accept_from(self, served: frozenset[str]) -> None:
+        """Start negotiating as the responder."""
+        self._responder = Responder(served)
+
+    async def wait_negotiated(self) -> None:
+        """Until both sides agreed. Raises ProtocolRefused, StreamReset, ConnectionLost."""
+        await self._negotiated.wait()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def is_negotiated(self) -> bool:
+        return self._initiator is None and self._responder is None
+
+    def _negotiate(self, data: memoryview) -> bytes:
+        """Feed the negotiation; returns the bytes that are the application's."""
+        if self._initiator is not None:
+            if not self._initiator.receive(data):
+                return b""
+            rest = self._initiator.rest
+            self._initiator = None
+        else:
+            responder = self._responder
+            assert responder is not None
+            answer = responder.receive(data)
+            if answer:
+                self._enqueue(answer)
+                self.connection.pump()
+            if responder.chosen is None:
+                return b""
+            self.protocol, rest = responder.chosen, responder.rest
+            self._responder = None
+            self.connection.stream_negotiated(self)
+        self._negotiated.set()
+        return rest
+
+    # --- reading ---
+
+    async def read(self, max_bytes: int = 65536) -> bytes:
+        """Some bytes, or ``b""`` at the end. Raises StreamReset or ConnectionLost after what had come was read."""
+        while not self._received:
+            if self._eof:
+                return b""
+            if self._error is not None:
+                raise self._error
+            self._readable.clear()
+            await self._readable.wait()
+        chunk = self._received.popleft()
+        if len(chunk) > max_bytes:
+            self._received.appendleft(chunk[max_bytes:])
+            chunk = chunk[:max_bytes]
+        self._received_bytes -= len(chunk)
+        self.connection.bytes_consumed(self.lane, len(chunk))
+        return chunk
+
+    async def read_exactly(self, length: int) -> bytes:
+        """Exactly ``length`` bytes. Raises StreamClosed when the stream ends before."""
+        out = bytearray()
+        while len(out) < length:
+            chunk = await self.read(length - len(out))
+            if not chunk:
+                raise StreamClosed("The peer ended the stream before its message was complete.")
+            out += chunk
+        return bytes(out)
+
+    def set_receiver(self, receiver: StreamReceiver) -> None:
+        """Switch to push mode; what is buffered is delivered at once."""
+        self._receiver = receiver
+        while self._received and self._receiver is receiver:
+            chunk = self._received.popleft()
+            self._received_bytes -= len(chunk)
+            self._consume(receiver, memoryview(chunk))
+        if self._error is not None:
+            receiver.stream_lost(self._error)
+        elif self._eof:
+            receiver.eof_received()
+
+    def _consume(self, receiver: StreamReceiver, data: memoryview) -> None:
+        receiver.data_received(data)
+        self.connection.bytes_consumed(self.lane, len(data))
+
+    # --- writing ---
+
+    async def write(self, *buffers: Buffer) -> None:
+        """Queue ``buffers``, then wait until the queue is low. Raises StreamReset, StreamClosed, ConnectionLost."""
+        self.write_nowait(*buffers)
+        try:
+            while self.outgoing_bytes > limits.STREAM_WRITE_HIGH_WATER_BYTES and self._error is None:
+                self._writable.clear()
+                await self._writable.wait()
+        except asyncio.CancelledError:
+            self.reset()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def write_nowait(self, *buffers: Buffer) -> None:
+        """Queue ``buffers`` and transmit what the socket takes, in this call. Buffers must not change afterwards.
+
+        Raises LimitExceeded over `STREAM_SEND_QUEUE_BYTES`, StreamClosed after `close_write`, or the stream's error.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._finish_after_drain or not self.lane.can_send:
+            raise StreamClosed("The stream was closed for writing.")
+        self._enqueue(*buffers)
+        if self.outgoing_bytes > limits.STREAM_SEND_QUEUE_BYTES:
+            self.reset()
+            raise LimitExceeded("A peer reads too slowly; the stream to it was reset.")
+        self.connection.pump()
+
+    def _enqueue(self, *buffers: Buffer) -> None:
+        for buffer in buffers:
+            if len(buffer):
+                view = memoryview(buffer).cast("B")
+                self.outgoing.append(view)
+                self.outgoing_bytes += len(view)
+        self.connection.schedule(self)
+
+    def sent(self) -> None:
+        """The connection moved bytes off the queue."""
+        if self.outgoing_bytes <= limits.STREAM_WRITE_HIGH_WATER_BYTES:
+            self._writable.set()
+        if self._finish_after_drain and not self.outgoing:
+            self.connection.session.finish(self.lane)
+
+    async def close_write(self) -> None:
+        """Send FIN after what is queued; reading goes on."""
+        self.close_write_nowait()
+
+    def close_write_nowait(self) -> None:
+        """As `close_write`, without a task switch."""
+        if self._error is None and self.lane.can_send and not self._finish_after_drain:
+            self._finish_after_drain = True
+            if not self.outgoing:
+                self.connection.session.finish(self.lane)
+            self.connection.pump()
+
+    def reset(self, code: str = "") -> None:
+        """Give the stream up both ways; everything that waits on it raises StreamReset."""
+        self._fail(StreamReset("The stream was reset on this side." + (f" ({code})" if code else "")))
+        self.connection.session.reset(self.lane)
+        self.connection.pump()
+
+    async def close(self) -> None:
+        """FIN after what is queued, and no more interest in what comes: reset if the peer still sends."""
+        self.close_write_nowait()
+        if not self._eof and self._error is None and self._receiver is None:
+            self._receiver = _Discard(self)
+            self._received.clear()
+            self._received_bytes = 0
+
+    # --- called by the connection ---
+
+    def data_received(self, data: memoryview) -> None:
+        """Bytes of this lane; synchronous, from the socket's callback."""
+        if self._initiator is not None or self._responder is not None:
+            consumed = len(data)
+            try:
+                rest = self._negotiate(data)
+            except ProtocolRefused as error:
+                self._fail(error)
+                self.connection.session.reset(self.lane)
+                return
+            except ProtocolViolation as error:
+                self.connection.session.reset(self.lane)
+                self._fail(error)
+                return
+            self.connection.bytes_consumed(self.lane, consumed - len(rest))
+            if not rest:
+                return
+            data = memoryview(rest)
+        receiver = self._receiver
+        if receiver is not None:
+            self._consume(receiver, data)
+            return
+        self._received.append(bytes(data))
+        self._received_bytes += len(data)
+        self._readable.set()
+
+    def eof_received(self) -> None:
+        """The peer's FIN."""
+        self._eof = True
+        if not self.is_negotiated:
+            self._fail(StreamClosed("The peer ended the stream before agreeing on its protocol."))
+            return
+        self._readable.set()
+        if self._receiver is not None:
+            self._receiver.eof_received()
+
+    def lost(self, error: PeerdError) -> None:
+        """The peer's RST, or the connection's end."""
+        self._fail(error)
+
+    def _fail(self, error: PeerdError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        if self._responder is not None:
+            self._responder = None
+            self.connection.unnegotiated -= 1
+        self.outgoing.clear()
+        self.outgoing_bytes = 0
+        for event in (self._readable, self._writable, self._negotiated):
+            event.set()
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.stream_lost(error)
+
+
+class _Discard:
+    """After `close`: what still comes is dropped, and a peer that goes on sending is reset."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._seen = 0
+
+    def data_received(self, data: memoryview) -> None:
+        self._seen += len(data)
+        if self._seen > limits.STREAM_WRITE_HIGH_WATER_BYTES:
+            self._stream.reset("closed")
+
+    def eof_received(self) -> None:
+        """Both directions have ended."""
+
+    def stream_lost(self, error: PeerdError) -> None:
+        """It has ended anyway."""

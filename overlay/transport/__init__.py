@@ -1,0 +1,1 @@
+"""The only files of the overlay that touch sockets."""
