@@ -23,3 +23,4 @@ FREE_DISK_MARGIN_BYTES = 256 << 20
 CACHE_FIRST_TOKENS = 64  # what a new KV cache reserves before it doubles
 PLAN_TOKENS = 128  # positions whose rotary rows are worked out in one go
 PLAN_TABLES = 8  # such stretches kept per span
+PROOF_TOKENS = 1024  # windows beyond this are served without traced programs: the proof's memory grows with them

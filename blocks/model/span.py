@@ -1,0 +1,183 @@
+"""Blocks [start, end) of any decoder-only model, exact: hidden states in, hidden states out, KV beside.
+
+Owns the loading and running of a span; DESIGN 6. The blocks are `transformers`' own modules under their own indices, called exactly
+as the model's own forward would call them (`plan`), with single tokens through traced programs where those are proven the same
+(`step`). Knows nothing of sessions, routes or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blocks.model.architecture import Absent, Anatomy, build, parse_dtype, read_config
+from blocks.model.errors import UnsupportedModel
+from blocks.model.kv_cache import LayerShape, ShapeProbe, SpanCache, layer_windows
+from blocks.model.plan import Planner, install_stations, silence_surroundings
+from blocks.model.quantise import quantise
+from blocks.model.source import ModelSource, Progress, text_config
+from blocks.model.step import StepPrograms
+from blocks.model.weights import open_tensors
+
+STATEFUL_ROPES = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryTensor:
+    """A tensor that passes between spans: its name, values per token, and dtype."""
+
+    name: str
+    width: int
+    dtype: str
+
+
+class Span:
+    """A loaded span. Use from one thread.
+
+    Args:
+        anatomy: a model whose blocks outside the span are `Absent` and whose surroundings are silenced.
+    """
+
+    def __init__(self, anatomy: Anatomy, start: int, end: int, dtype: str, device: str = "cpu") -> None:
+        self.start = start
+        self.end = end
+        self.dtype = parse_dtype(dtype)
+        self.device = torch.device(device)
+        config = anatomy.model.config
+        self.attention: str = config._attn_implementation
+        self.max_positions = max_positions(config.to_dict())
+        width = config.get_text_config(decoder=True).hidden_size
+        self.boundary = (BoundaryTensor("hidden", width, dtype),)
+        self.rollback_tokens: int | None = None  # everything: caches keep the past of sliding windows too
+        self._has_stateful_rope = rope_kind(config.to_dict()) in STATEFUL_ROPES
+        self._windows = layer_windows(config)
+        self._blocks = install_stations(anatomy)[start:end]
+        self._planner = Planner(anatomy, width, self.dtype, self.device)
+        self._shapes: tuple[LayerShape, ...] = ()
+        self._steps: StepPrograms | None = None
+        with torch.inference_mode():
+            self._planner.learn_result_kind(lambda: ShapeProbe(self._windows))
+            self._shapes = self._probe_shapes()
+
+    def _probe_shapes(self) -> tuple[LayerShape, ...]:
+        probe = ShapeProbe(self._windows)
+        hidden = self._planner.noise(torch.Generator().manual_seed(0), 1)
+        for block, call in zip(self._blocks, self._planner.calls(1, probe, self.start, self.end), strict=True):
+            hidden = call.run(block, hidden, probe)
+        return tuple(probe.shapes[index] for index in sorted(probe.shapes))
+
+    def prepare_steps(self, limit: int | None = None) -> None:
+        """Trace single-token programs for positions below ``limit``; forward works without, slower."""
+        with torch.inference_mode():
+            steps = StepPrograms(
+                self._blocks,
+                self._planner,
+                (self.start, self.end),
+                self._windows,
+                self.new_cache,
+                tables=not self._has_stateful_rope,
+                limit=min(limit or self.max_positions, self.max_positions),
+            )
+            steps.prepare()
+        self._steps = steps
+
+    @property
+    def width(self) -> int:
+        """d_model."""
+        return self.boundary[0].width
+
+    def new_cache(self, max_tokens: int) -> SpanCache:
+        """Empty KV for a session of at most ``max_tokens``; memory is reserved as it fills."""
+        return SpanCache(self._windows, self._shapes, max_tokens, self.dtype, self.device)
+
+    def truncate(self, cache: SpanCache, length: int) -> None:
+        """Forget positions from ``length`` on."""
+        cache.truncate(length)
+
+    def cache_bytes_per_token(self) -> int:
+        """KV bytes that each token of a session holds."""
+        values = sum(heads * width for shape in self._shapes for heads, width in (shape.key, shape.value))
+        return values * self.dtype.itemsize
+
+    def forward(self, hidden: torch.Tensor, position: int, cache: SpanCache) -> torch.Tensor:
+        """Run a window.
+
+        Args:
+            hidden: (1, tokens, d_model) in the span's dtype, on its device.
+            position: of the first token; below the cache's length truncates it first, above is an error.
+            cache: the session's.
+
+        Returns:
+            (1, tokens, d_model).
+
+        Raises:
+            CacheFull: the window outgrows the session.
+            ValueError: the caller skipped positions.
+        """
+        with torch.inference_mode():
+            if position != cache.length:
+                cache.truncate(position)
+            count = hidden.shape[1]
+            cache.begin(count)
+            output = self._steps.run(hidden, cache) if count == 1 and self._steps is not None else None
+            if output is None:
+                output = hidden
+                calls = self._planner.calls(count, cache, self.start, self.end)
+                for block, call in zip(self._blocks, calls, strict=True):
+                    output = call.run(block, output, cache)
+            cache.commit(count)
+            return output
+
+
+def max_positions(config: Mapping[str, Any]) -> int:
+    """The longest context that a model of this config can be run exactly with."""
+    fields = text_config(config)
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+    found = next((fields[name] for name in names if type(fields.get(name)) is int and fields[name] > 0), 2048)
+    if rope_kind(config) in STATEFUL_ROPES:
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        original = rope.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
+        return min(found, original) if type(original) is int else int(found)
+    return int(found)
+
+
+def rope_kind(config: Mapping[str, Any]) -> str:
+    """How a config scales its rotary embeddings; those of `STATEFUL_ROPES` depend on how long the text is by now."""
+    fields = text_config(config)
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling")
+    return str(rope.get("rope_type", rope.get("type", "default"))) if isinstance(rope, Mapping) else "default"
+
+
+def load_span(
+    source: ModelSource,
+    start: int,
+    end: int,
+    *,
+    dtype: str = "float32",
+    quant: str = "none",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Span:
+    """Load blocks [start, end): only their tensors are read.
+
+    Raises:
+        BadModel, UnsupportedModel: as the sentence says.
+    """
+    if not 0 <= start < end <= source.blocks:
+        raise UnsupportedModel(f"{source.name} has blocks 0:{source.blocks}; {start}:{end} is no span of it.")
+    config = read_config(source.config)
+
+    def prepare(anatomy: Anatomy) -> None:
+        blocks = anatomy.blocks
+        for index in range(len(blocks)):
+            if not start <= index < end:
+                blocks[index] = Absent(blocks[index])
+        silence_surroundings(anatomy)
+
+    with open_tensors(source, source.tensors_of_span(start, end), progress) as tensors:
+        anatomy = build(config, tensors, parse_dtype(dtype), prepare, device)
+    quantise(anatomy.blocks, quant, parse_dtype(dtype), device)
+    return Span(anatomy, start, end, dtype, device)
