@@ -48,7 +48,6 @@ class _SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
     def __init__(self, length: _Length, window: int) -> None:
         super().__init__(sliding_window=window)
-        del self.cumulative_length
         self._length = length
         self.is_initialized = True
 

@@ -72,7 +72,7 @@ class Silent(nn.Module):
 
     def forward(self, *arguments: Any, **_: Any) -> torch.Tensor:
         first = arguments[0] if arguments else None
-        if isinstance(first, torch.Tensor) and first.is_floating_point():
+        if isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() == 3:
             return first
         return torch.zeros(())
 

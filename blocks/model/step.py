@@ -46,7 +46,7 @@ def _flatten(value: Any, leaves: list[torch.Tensor], seen: dict[int, int]) -> An
     if isinstance(value, tuple | list):
         return tuple(_flatten(item, leaves, seen) for item in value)
     if isinstance(value, dict):
-        return tuple(sorted((name, _flatten(item, leaves, seen)) for name, item in value.items()))
+        return tuple((name, _flatten(value[name], leaves, seen)) for name in sorted(value))
     return value
 
 
@@ -94,13 +94,22 @@ def _body(blocks: Sequence[nn.Module], calls: Sequence[Call], like: SpanCache) -
 
 def _branches_on_data(body: Program, arguments: Sequence[torch.Tensor]) -> bool:
     """Whether any operator's result depends on values in its shape, or is read by Python."""
-    graph = make_fx(body)(*arguments).graph
+    graph = make_fx(lambda *given: body(*given))(*arguments).graph
+    graph.eliminate_dead_code()
     return any(
-        tag in node.target.tags
+        isinstance(node.target, torch._ops.OpOverload)
+        and any(tag in node.target.tags for tag in _DATA_DEPENDENT)
+        and not _indexes_by_number(node)
         for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        for tag in _DATA_DEPENDENT
     )
+
+
+def _indexes_by_number(node: torch.fx.Node) -> bool:
+    """Whether a node is plain indexing: only indexing by a mask has a shape that depends on data."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    notes = [item.meta.get("tensor_meta") for item in node.all_input_nodes[1:]]
+    return bool(notes) and all(getattr(note, "dtype", None) == torch.int64 for note in notes)
 
 
 def trace(body: Program, arguments: Sequence[torch.Tensor]) -> Program | None:
@@ -148,7 +157,7 @@ class StepPrograms:
         self._limit = limit
         self._borders = sorted({window - 1 for window in windows if 1 < window <= limit})
         self._regimes: dict[int, _Regime] = {}
-        self._tables: OrderedDict[int, list[torch.Tensor | None]] = OrderedDict()
+        self._tables: OrderedDict[tuple[int, int], list[torch.Tensor | None]] = OrderedDict()
         self._scratch = fresh_cache(1)
 
     def prepare(self) -> None:
@@ -173,36 +182,33 @@ class StepPrograms:
             signature, leaves = self._plan(position)
             return leaves if signature == regime.signature else None
         stretch, row = divmod(position, PLAN_TOKENS)
-        table = self._tables.get(stretch)
+        key = (stretch, self._regime_of(position))
+        table = self._tables.get(key)
         if table is None:
-            table = self._make_table(stretch)
+            table = self._tables[key] = self._make_table(stretch, position)
+            if len(self._tables) > PLAN_TABLES:
+                self._tables.popitem(last=False)
         return [
             leaf if axis < 0 or rows is None else rows.narrow(axis, row, 1)
             for leaf, axis, rows in zip(regime.leaves, regime.axes, table, strict=True)
         ]
 
     def _plan(self, position: int, count: int = 1) -> tuple[Signature, list[torch.Tensor]]:
-        self._scratch.pretend(position)
-        return leaves_of(self._planner.calls(count, self._scratch, *self._span))
+        return leaves_of(self._calls(position, count))
 
-    def _make_table(self, stretch: int) -> list[torch.Tensor | None]:
-        """Rows for a stretch of positions, in the order of the regime's leaves."""
-        self._scratch.pretend(stretch * PLAN_TOKENS)
-        calls = self._planner.calls(PLAN_TOKENS, self._scratch, *self._span)
-        self._scratch.pretend(stretch * PLAN_TOKENS)
-        single = self._planner.calls(1, self._scratch, *self._span)
-        table = _aligned(single, calls)
-        self._tables[stretch] = table
-        if len(self._tables) > PLAN_TABLES:
-            self._tables.popitem(last=False)
-        return table
+    def _calls(self, position: int, count: int) -> list[Call]:
+        self._scratch.pretend(position)
+        return self._planner.calls(count, self._scratch, *self._span)
+
+    def _make_table(self, stretch: int, position: int) -> list[torch.Tensor | None]:
+        """Rows for a stretch of positions, in the order of the leaves at ``position``."""
+        return _aligned(self._calls(position, 1), self._calls(stretch * PLAN_TOKENS, PLAN_TOKENS))
 
     def _make(self, start: int) -> _Regime:
         last = min([border for border in self._borders if border > start] + [self._limit]) - 1
         near = sorted({min(start + step, last) for step in _PROBE_STEPS})
         probes = [*near, *(far for far in (last - 1, last) if far > near[-1])]
-        self._scratch.pretend(start)
-        calls = self._planner.calls(1, self._scratch, *self._span)
+        calls = self._calls(start, 1)
         signature, leaves = leaves_of(calls)
         body = _body(self._blocks, calls, self._fresh_cache(1))
         program = self._proven(body, near, signature)
@@ -232,12 +238,8 @@ class StepPrograms:
         axes = [-1] * len(leaves)
         for position in probes:
             stretch, row = divmod(position, PLAN_TOKENS)
-            self._scratch.pretend(stretch * PLAN_TOKENS)
-            wide = self._planner.calls(PLAN_TOKENS, self._scratch, *self._span)
-            self._scratch.pretend(position)
-            single = self._planner.calls(1, self._scratch, *self._span)
-            found, now = leaves_of(single)
-            table = _aligned(single, wide)
+            found, now = leaves_of(self._calls(position, 1))
+            table = self._make_table(stretch, position)
             if found != signature:
                 return None
             for index, leaf in enumerate(now):
