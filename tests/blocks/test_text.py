@@ -58,10 +58,9 @@ def _write_model(directory: Path, **settings_: Any) -> Path:
     return directory
 
 
-@given(st.text(max_size=80))
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="|"), max_size=80))
 @settings(deadline=None)
 def test_encoding_and_decoding_equal_transformers(text: str) -> None:
-    text = text.encode("utf-8", "replace").decode()
     ids = CODEC.encode(text)
     assert ids == THEIRS(text)["input_ids"]
     assert CODEC.encode(text, add_special_tokens=False) == THEIRS(text, add_special_tokens=False)["input_ids"]

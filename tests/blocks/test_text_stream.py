@@ -36,11 +36,11 @@ def _reference_stop(text: str, stops: list[str]) -> str:
     return text
 
 
-@given(st.text(max_size=60))
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="|"), max_size=60))
 @settings(deadline=None)
 def test_the_pieces_put_together_are_the_text(text: str) -> None:
     pieces = _stream(CODEC.encode(text))
-    assert "".join(pieces) == text.encode("utf-8", "replace").decode()
+    assert "".join(pieces) == text
 
 
 @given(st.lists(st.integers(0, CODEC.vocabulary_size - 1), max_size=MAX_UNFINISHED_TOKENS - 1))
