@@ -1,0 +1,156 @@
+"""Runs jobs: loaded spans and heads by name, KV caches by lease, and buffers that become tensors without a copy.
+
+Owned by whichever thread is the device's. Knows jobs and models; nothing of sessions, queues or loops.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from blocks.engine.errors import ComputeFailed, DeviceBusy, NotLoaded
+from blocks.model.head import Head
+from blocks.model.kv_cache import SpanCache
+from blocks.model.sampling import sample
+from blocks.model.span import Span
+from blocks.protocol.device import EmbedJob, Job, JobResult, LeaseKey, SampleJob, SpanJob
+from overlay.errors import PeerdError
+from overlay.rpc.types import Part
+from routing.types import Span as Blocks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def tensor_of(part: Part, device: torch.device) -> torch.Tensor:
+    """(1, rows, width) over the part's own bytes (a view on the CPU)."""
+    flat = torch.frombuffer(part.data, dtype=DTYPES[part.dtype])
+    tensor = flat.view(1, *part.shape)
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+
+
+def part_of(rows: torch.Tensor, name: str = "hidden") -> Part:
+    """A part over a tensor's own memory (on the CPU); the tensor must not be written to afterwards."""
+    rows = rows.detach().cpu().contiguous()
+    data: memoryview = rows.view(torch.uint8).numpy().reshape(-1).data
+    return Part(name, NAMES[rows.dtype], tuple(rows.shape), data)
+
+
+@dataclass(slots=True)
+class _Cache:
+    kv: SpanCache
+    blocks: Blocks
+
+
+class Runner:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._spans: dict[str, Span] = {}
+        self._heads: dict[str, Head] = {}
+        self._parts: dict[tuple[str, Blocks], Span] = {}
+        self._caches: dict[LeaseKey, _Cache] = {}
+
+    # --- what is loaded ---
+
+    def install_span(self, model: str, span: Span) -> None:
+        """Serve ``span`` under the name ``model``, in place of any former one."""
+        self.remove_span(model)
+        self._spans[model] = span
+
+    def install_head(self, model: str, head: Head) -> None:
+        """Embed and sample under the name ``model``."""
+        self._heads[model] = head
+
+    def remove_span(self, model: str) -> None:
+        """Forget a span; its leases' KV goes when they end."""
+        self._spans.pop(model, None)
+        for key in [key for key in self._parts if key[0] == model]:
+            del self._parts[key]
+
+    def remove_head(self, model: str) -> None:
+        self._heads.pop(model, None)
+
+    @property
+    def cache_count(self) -> int:
+        return len(self._caches)
+
+    # --- jobs ---
+
+    def run(self, job: Job) -> JobResult:
+        """Do ``job``; every failure comes back as the result's error."""
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                result = self._run(job)
+        except PeerdError as error:
+            result = JobResult(job, error=error)
+        except torch.OutOfMemoryError:
+            self._release_of(job)
+            result = JobResult(job, error=DeviceBusy("The device's memory is full; try again later or elsewhere."))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            self._release_of(job)
+            result = JobResult(job, error=ComputeFailed(f"A computation failed here: {error}"))
+        return JobResult(job, result.hidden, result.token, result.logits, result.error, time.perf_counter() - started)
+
+    def _run(self, job: Job) -> JobResult:
+        if isinstance(job, SpanJob):
+            return self._run_span(job)
+        if isinstance(job, SampleJob):
+            return self._run_sample(job)
+        if isinstance(job, EmbedJob):
+            head = self._head(job.model)
+            return JobResult(job, hidden=part_of(head.embed(job.tokens, job.position)[0]))
+        self._release(job.lease)
+        return JobResult(job)
+
+    def _run_span(self, job: SpanJob) -> JobResult:
+        span = self._span(job.model, job.span)
+        cache = self._caches.get(job.lease)
+        if cache is None or cache.blocks != job.span:
+            cache = self._caches[job.lease] = _Cache(span.new_cache(job.max_tokens), job.span)
+        output = span.forward(tensor_of(job.hidden, span.device), job.position, cache.kv)[0]
+        if job.keep == 0:
+            return JobResult(job)
+        if 0 < job.keep < job.tokens:
+            output = output[-job.keep :]
+        return JobResult(job, hidden=part_of(output))
+
+    def _run_sample(self, job: SampleJob) -> JobResult:
+        head = self._head(job.model)
+        row = tensor_of(job.hidden, head.device)[:, -1:]
+        logits = head.logits(row)[-1]
+        token = sample(logits, job.params, job.position, job.history, job.prompt_length)
+        return JobResult(
+            job,
+            hidden=part_of(head.embed((token,), job.position)[0]) if job.embed_next else None,
+            token=token,
+            logits=part_of(logits.float(), "logits") if job.want_logits else None,
+        )
+
+    def _span(self, model: str, blocks: Blocks) -> Span:
+        whole = self._spans.get(model)
+        if whole is None:
+            raise NotLoaded("The blocks are not loaded here any more; plan another route.")
+        if (whole.start, whole.end) == (blocks.start, blocks.end):
+            return whole
+        part = self._parts.get((model, blocks))
+        if part is None:
+            part = self._parts[model, blocks] = whole.section(blocks.start, blocks.end)
+        return part
+
+    def _head(self, model: str) -> Head:
+        head = self._heads.get(model)
+        if head is None:
+            raise NotLoaded("The model's embeddings and head are not loaded here any more; ask again.")
+        return head
+
+    def _release_of(self, job: Job) -> None:
+        if isinstance(job, SpanJob):
+            self._release(job.lease)
+
+    def _release(self, lease: LeaseKey) -> None:
+        for key in [key for key in self._caches if key.session == lease.session and key.hop_index == lease.hop_index]:
+            del self._caches[key]
