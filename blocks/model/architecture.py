@@ -103,7 +103,7 @@ def build(
         if prepare:
             prepare(find_blocks(self, blocks))
 
-    trimmed = type(original.__name__, (original,), {"__init__": create, "__module__": original.__module__})
+    trimmed: Any = type(original.__name__, (original,), {"__init__": create, "__module__": original.__module__})
     try:
         with quiet_transformers():
             model, report = trimmed.from_pretrained(

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from blocks.model.architecture import Anatomy, build, parse_dtype, read_config
 from blocks.model.head import Head
+from blocks.model.hub import fetch
 from blocks.model.quantise import quantise
 from blocks.model.source import ModelSource, resolve
 from blocks.model.span import Span, max_positions
@@ -68,10 +69,9 @@ class Verdict:
 
     def describe(self) -> str:
         """A few lines for people."""
-        lines = [
-            f"{'exact' if self.passed else 'WRONG'} (grade {self.grade}): {self.prompts} prompts, {self.tokens} tokens, "
-            f"{len(self.differences)} first differences, e = {self.epsilon:.3g}"
-        ]
+        verdict = "exact" if self.passed else "WRONG"
+        counts = f"{self.prompts} prompts, {self.tokens} tokens, {len(self.differences)} first differences"
+        lines = [f"{verdict} (grade {self.grade}): {counts}, e = {self.epsilon:.3g}"]
         if self.largest_logit_difference is not None:
             lines.append(f"  largest logit difference along common prefixes: {self.largest_logit_difference:.3g}")
         lines += [
@@ -97,7 +97,9 @@ class Reference:
     ) -> Reference:
         """Load a whole model, named as everywhere or already found."""
         source = resolve(model) if isinstance(model, str) else model
-        with open_tensors(source, tuple(sorted(source.tensors))) as tensors:
+        names = tuple(sorted(source.tensors))
+        fetch(source, names)
+        with open_tensors(source, names) as tensors:
             kept = {name: tensor for name, tensor in tensors.items() if not _is_extra(source, name)}
             anatomy = build(read_config(source.config), kept, parse_dtype(dtype), None, device)
         quantise(anatomy.blocks, quant, parse_dtype(dtype), device)

@@ -16,6 +16,7 @@ import torch
 
 from blocks.model.architecture import Absent, Anatomy, build, parse_dtype, read_config
 from blocks.model.errors import BadModel
+from blocks.model.hub import fetch
 from blocks.model.identity import Manifest
 from blocks.model.kv_cache import SpanCache, layer_windows
 from blocks.model.plan import Planner, Station, install_stations
@@ -119,7 +120,7 @@ class Head:
         places = [place for place in (0, 1, 9, self.max_positions - len(_PROBE_IDS)) if place >= 0]
         expected = [(ids, place, self._embed_slowly(ids, place)) for ids in windows for place in places]
         if all(torch.equal(table(ids), hidden) for ids, _, hidden in expected):
-            return lambda ids, _: table(ids)  # type: ignore[no-any-return]
+            return lambda ids, _: table(ids)
         if "position_ids" not in inspect.signature(self._decoder.forward).parameters:
             return self._embed_slowly
 
@@ -164,7 +165,9 @@ def load_head(
     Raises:
         BadModel, UnsupportedModel.
     """
-    with open_tensors(source, source.tensors_outside_blocks(), progress) as tensors:
+    names = source.tensors_outside_blocks()
+    fetch(source, names, progress)
+    with open_tensors(source, names, progress) as tensors:
         return _head(source.config, tensors, dtype, device)
 
 

@@ -56,15 +56,12 @@ def _quantised(library: Any, linear: nn.Linear, kind: str, dtype: torch.dtype, d
 
 
 def _import_bitsandbytes() -> Any:
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    # For good: it also warns, at every first call, that int8 rounds its inputs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import bitsandbytes
     except (ImportError, RuntimeError, OSError) as error:
         raise UnsupportedModel(f"bitsandbytes can't be loaded ({error}): start without --quant.") from error
-    finally:
-        logger.setLevel(level)
     return bitsandbytes

@@ -15,6 +15,7 @@ import torch
 
 from blocks.model.architecture import Absent, Anatomy, build, parse_dtype, read_config
 from blocks.model.errors import UnsupportedModel
+from blocks.model.hub import fetch
 from blocks.model.kv_cache import LayerShape, ShapeProbe, SpanCache, layer_windows
 from blocks.model.plan import Planner, install_stations, silence_surroundings
 from blocks.model.quantise import quantise
@@ -177,7 +178,9 @@ def load_span(
                 blocks[index] = Absent(blocks[index])
         silence_surroundings(anatomy)
 
-    with open_tensors(source, source.tensors_of_span(start, end), progress) as tensors:
+    names = source.tensors_of_span(start, end)
+    fetch(source, names, progress)
+    with open_tensors(source, names, progress) as tensors:
         anatomy = build(config, tensors, parse_dtype(dtype), prepare, device)
     quantise(anatomy.blocks, quant, parse_dtype(dtype), device)
     return Span(anatomy, start, end, dtype, device)

@@ -94,7 +94,7 @@ def _body(blocks: Sequence[nn.Module], calls: Sequence[Call], like: SpanCache) -
 
 def _branches_on_data(body: Program, arguments: Sequence[torch.Tensor]) -> bool:
     """Whether any operator's result depends on values in its shape, or is read by Python."""
-    graph = make_fx(lambda *given: body(*given))(*arguments).graph
+    graph = make_fx(lambda *given: body(*given))(*arguments).graph  # noqa: PLW0108 - a bound method hides its arity
     graph.eliminate_dead_code()
     return any(
         isinstance(node.target, torch._ops.OpOverload)
@@ -119,7 +119,7 @@ def trace(body: Program, arguments: Sequence[torch.Tensor]) -> Program | None:
         try:
             if _branches_on_data(body, arguments):
                 return None
-            traced: Program = torch.jit.trace(body, tuple(arguments), check_trace=False)
+            traced: Program = torch.jit.trace(body, tuple(arguments), check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
             return None
     return traced
