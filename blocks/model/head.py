@@ -197,4 +197,6 @@ def _head(fields: Mapping[str, Any], tensors: Mapping[str, Any], dtype: str, dev
             blocks[index] = Absent(block)
 
     anatomy = build(read_config(fields), tensors, parse_dtype(dtype), prepare, device)
-    return Head(anatomy, dtype, device)
+    head = Head(anatomy, dtype, device)
+    head.prepare_steps()
+    return head

@@ -71,7 +71,9 @@ class Span:
         return tuple(probe.shapes[index] for index in sorted(probe.shapes))
 
     def prepare_steps(self, limit: int | None = None) -> None:
-        """Trace single-token programs for positions below ``limit``; forward works without, slower."""
+        """Trace single-token programs for positions below ``limit``, once; `forward` works without, slower."""
+        if self._steps is not None:
+            return
         with torch.inference_mode():
             steps = StepPrograms(
                 self._blocks,
@@ -161,8 +163,9 @@ def load_span(
     quant: str = "none",
     device: str = "cpu",
     progress: Progress | None = None,
+    prepare_steps: bool = True,
 ) -> Span:
-    """Load blocks [start, end): only their tensors are read.
+    """Load blocks [start, end): only their tensors are read, from shards that are fetched first where the model is the hub's.
 
     Raises:
         BadModel, UnsupportedModel: as the sentence says.
@@ -183,4 +186,7 @@ def load_span(
     with open_tensors(source, names, progress) as tensors:
         anatomy = build(config, tensors, parse_dtype(dtype), prepare, device)
     quantise(anatomy.blocks, quant, parse_dtype(dtype), device)
-    return Span(anatomy, start, end, dtype, device)
+    span = Span(anatomy, start, end, dtype, device)
+    if prepare_steps:
+        span.prepare_steps()
+    return span

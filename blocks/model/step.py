@@ -78,13 +78,17 @@ class _View(SpanCache):
         self.views = list(views)
 
 
-def _body(blocks: Sequence[nn.Module], calls: Sequence[Call], like: SpanCache) -> Program:
-    """The span as a function of (hidden, position inputs..., cache views...)."""
+def _body(blocks: Sequence[nn.Module], calls: Sequence[Call], like: SpanCache, *, one_of_each: bool = False) -> Program:
+    """The span as a function of (hidden, position inputs..., cache views...); or only the first block of each kind."""
     (form, _), leaves = leaves_of(calls)
+    chosen = list(zip(blocks, calls, form, strict=True))
+    if one_of_each:
+        kinds = {(_kind_of(block), repr(wanted)): (block, call, wanted) for block, call, wanted in reversed(chosen)}
+        chosen = list(kinds.values())
 
     def run(hidden: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         cache = _View(like, inputs[len(leaves) :])
-        for block, call, (arguments, options) in zip(blocks, calls, form, strict=True):
+        for block, call, (arguments, options) in chosen:
             filled = Call(_fill(arguments, call.arguments, inputs), _fill(options, call.options, inputs))
             hidden = filled.run(block, hidden, cache)
         return hidden
@@ -112,17 +116,31 @@ def _indexes_by_number(node: torch.fx.Node) -> bool:
     return bool(notes) and all(getattr(note, "dtype", None) == torch.int64 for note in notes)
 
 
-def trace(body: Program, arguments: Sequence[torch.Tensor]) -> Program | None:
-    """A TorchScript program of ``body``, or None where that can't be the same function."""
+def trace(body: Program, arguments: Sequence[torch.Tensor], sample: Program | None = None) -> Program | None:
+    """A TorchScript program of ``body``, or None where that can't be the same function.
+
+    Args:
+        body: a function of tensors alone.
+        arguments: an example of them.
+        sample: a part of ``body``, of the same arguments, that has each kind of operator which ``body`` has.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if _branches_on_data(body, arguments):
+            if _branches_on_data(sample or body, arguments):
                 return None
             traced: Program = torch.jit.trace(body, tuple(arguments), check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
             return None
     return traced
+
+
+def _kind_of(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks have in common that run the same operators: modules and switches, not weights."""
+    return tuple(
+        (type(module), tuple(item for item in vars(module).items() if isinstance(item[1], str | bool)))
+        for module in block.modules()
+    )
 
 
 @dataclass(slots=True)
@@ -210,21 +228,22 @@ class StepPrograms:
         probes = [*near, *(far for far in (last - 1, last) if far > near[-1])]
         calls = self._calls(start, 1)
         signature, leaves = leaves_of(calls)
-        body = _body(self._blocks, calls, self._fresh_cache(1))
-        program = self._proven(body, near, signature)
+        program = self._proven(calls, near, signature)
         axes = self._axes(probes, signature, leaves) if program is not None and self._tables_allowed else None
         self._tables.clear()
         return _Regime(program, signature, leaves, axes)
 
-    def _proven(self, body: Program, probes: Sequence[int], signature: Signature) -> Program | None:
+    def _proven(self, calls: Sequence[Call], probes: Sequence[int], signature: Signature) -> Program | None:
         """The program, if at every probe it gives the very bits that the blocks give, twice."""
+        body = _body(self._blocks, calls, self._fresh_cache(1))
+        sample = _body(self._blocks, calls, self._fresh_cache(1), one_of_each=True)
         program: Program | None = None
         for hidden, position in zip(self._noise(len(probes) * 2), [*probes, *probes], strict=True):
             found, leaves = self._plan(position)
             if found != signature:
                 return None
             ours, theirs = self._filled_cache(position), self._filled_cache(position)
-            if program is None and (program := trace(body, [hidden, *leaves, *ours.views])) is None:
+            if program is None and (program := trace(body, [hidden, *leaves, *ours.views], sample)) is None:
                 return None
             expected = body(hidden, *leaves, *theirs.views)
             if not torch.equal(program(hidden, *leaves, *ours.views), expected):

@@ -51,8 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {"dtype": options.dtype, "quant": options.quant, "device": options.device}
         spans = [load_span(source, part.start, part.end, **settings) for part in route]
         head = load_head(source, dtype=options.dtype, device=options.device)
-        for part in (*spans, head):
-            part.prepare_steps()
         reference = Reference.load(source, **settings)
         generate = route_generator(head, spans, options.chunk)
         verdict = check(generate, reference, read_prompts(source, options.prompts), options.max_tokens)
