@@ -138,7 +138,10 @@ class Session:
     # --- outbound ---
 
     def open(self) -> Lane:
-        """A new stream; its SYN rides on the first frame sent. Raises LimitExceeded."""
+        """A new stream; its SYN is queued ahead of all data. Raises LimitExceeded.
+
+        Were it to ride on the stream's first data, streams of different priorities would announce their ids out of order.
+        """
         if self.remote_gone or self.local_gone:
             raise LimitExceeded("The connection is closing; dial the peer again.")
         if self._unacked >= UNACKED_STREAMS_MAX or len(self.lanes) >= STREAMS_MAX or self._next_id > STREAM_ID_MAX:
@@ -147,6 +150,7 @@ class Session:
         self._next_id += 2
         self._unacked += 1
         self.lanes[lane.id] = lane
+        self._queue(HEADER.pack(0, TYPE_WINDOW, self._take_flags(lane), lane.id, 0))
         return lane
 
     def data_header(self, lane: Lane, length: int) -> bytes:
