@@ -1,0 +1,318 @@
+"""The real driver, hops, Noise, yamux and messages over in-memory links that break mid-decode: the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from blocks.protocol.admission import Grant, Wish
+from blocks.protocol.device import EmbedJob, Job, JobResult, LeaseKey, ReleaseJob, SpanJob
+from blocks.protocol.hops import Hops, HopSettings
+from blocks.sampling_params import SamplingParams
+from blocks.service import SpanService
+from blocks.session_directory import SessionDirectory
+from netsim.link import LinkOptions, Network, Trace
+from netsim.loop import run
+from overlay.errors import PeerdError
+from overlay.host import Host
+from overlay.identity import Identity
+from overlay.multiaddr import tcp_address
+from overlay.ports import Ports
+from overlay.rpc.types import Part
+from peerd.decoding import Decode, DecodeRequest, DecoderPool, DriverModel
+from routing.types import ComputeClass, Hop, ModelId, Route, Span
+
+MODEL, CLASS = ModelId(b"m" * 32), ComputeClass("none", "float32")
+PROMPT, NEW_TOKENS, VOCABULARY = tuple(range(3, 40)), 24, 997
+STEP_S = 0.002
+DRIVER = "10.0.0.9"
+SERVERS = {"10.0.0.1": Span(0, 2), "10.0.0.2": Span(2, 4), "10.0.0.3": Span(4, 6), "10.0.0.4": Span(2, 4)}
+
+
+def block(state: int, value: int, layer: int) -> int:
+    """A stand-in for a transformer block: depends on all that came before, and on the layer."""
+    return (state * 31 + value * (layer + 7) + 13) % 1_000_003
+
+
+def part(values: Sequence[int]) -> Part:
+    return Part(
+        "hidden", "float32", (len(values), 1), struct.pack(f"<{len(values)}f", *(v % VOCABULARY for v in values))
+    )
+
+
+def values_of(hidden: Part) -> list[int]:
+    return [int(value) for value in struct.unpack(f"<{hidden.shape[0]}f", hidden.data)]
+
+
+class ArithmeticDevice:
+    """A `Device` whose model is exact arithmetic with a KV cache; each job takes `STEP_S` of virtual time."""
+
+    def __init__(self) -> None:
+        self.step_count = 0
+        self.queue_depth = 0
+        self._caches: dict[LeaseKey, list[list[int]]] = {}
+        self._busy_until = 0.0
+
+    def submit(self, jobs: Sequence[Job], done: Callable[[JobResult], None]) -> None:
+        loop = asyncio.get_running_loop()
+        for job in jobs:
+            self.queue_depth += 1
+            self._busy_until = max(loop.time(), self._busy_until) + STEP_S
+            loop.call_at(self._busy_until, self._finish, job, done)
+
+    def _finish(self, job: Job, done: Callable[[JobResult], None]) -> None:
+        self.queue_depth -= 1
+        self.step_count += 1
+        done(self._run(job))
+
+    def _run(self, job: Job) -> JobResult:
+        if isinstance(job, SpanJob):
+            return JobResult(job, self._span(job))
+        if isinstance(job, ReleaseJob):
+            self._caches.pop(job.lease, None)
+            return JobResult(job)
+        if isinstance(job, EmbedJob):
+            return JobResult(job, part(job.tokens))
+        token = values_of(job.hidden)[-1]
+        return JobResult(job, part([token]), token)
+
+    def _span(self, job: SpanJob) -> Part:
+        caches = self._caches.setdefault(job.lease, [[0] for _ in range(len(job.span))])
+        rows = values_of(job.hidden)
+        for layer, cache in enumerate(caches, job.span.start):
+            assert len(cache) > job.position, "the hop let a gap through"
+            del cache[job.position + 1 :]
+            for index, value in enumerate(rows):
+                cache.append(block(cache[-1], value, layer))
+                rows[index] = cache[-1] % VOCABULARY
+        return part(rows if job.keep < 0 else rows[len(rows) - job.keep :])
+
+
+def expected() -> list[int]:
+    """The tokens of the whole model in one place, without any of the machinery."""
+    tokens, states = list(PROMPT), [0] * 6
+    fed = 0
+    while len(tokens) < len(PROMPT) + NEW_TOKENS:
+        for value in tokens[fed:]:
+            for layer in range(6):
+                states[layer] = block(states[layer], value, layer)
+                value = states[layer] % VOCABULARY
+        fed = len(tokens)
+        tokens.append(value)
+    return tokens[len(PROMPT) :]
+
+
+class OpenDoor:
+    """Admission without a budget."""
+
+    def admit(self, lease: LeaseKey, wish: Wish) -> Grant | PeerdError:
+        return Grant("arithmetic", 4, 256, 1 << 20, 1, "float32")
+
+    def release(self, lease: LeaseKey) -> None:
+        """Nothing is counted."""
+
+
+class LoopClock:
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def now_s(self) -> float:
+        return 1.7e9 + self.now()
+
+
+class Seeded:
+    """`overlay.ports.Randomness` of one host of one seed."""
+
+    def __init__(self, seed: str) -> None:
+        self._generator = random.Random(seed)
+
+    def token(self, length: int) -> bytes:
+        return self._generator.randbytes(length)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._generator.uniform(low, high)
+
+    def below(self, bound: int) -> int:
+        return self._generator.randrange(bound)
+
+
+class NoStorage:
+    def load(self, name: str) -> bytes | None:
+        return None
+
+    def save(self, name: str, data: bytes) -> None:
+        """Nothing survives."""
+
+
+class FixedPlanner:
+    """The first server of each span that isn't to be avoided."""
+
+    def __init__(self, hops: list[Hop], trace: Trace) -> None:
+        self._hops = hops
+        self._trace = trace
+        self.blamed: list[str] = []
+
+    def plan(self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes]) -> Route:
+        route: list[Hop] = []
+        for start in (0, 2, 4):
+            serving = [hop for hop in self._hops if hop.span.start == start]
+            route.append(next((hop for hop in serving if hop.peer not in avoid), serving[0]))
+        return Route(tuple(route))
+
+    def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
+        self.blamed.append(error.code)
+        self._trace.add(asyncio.get_running_loop().time(), f"blame {error.code}")
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        await asyncio.sleep(timeout_s)
+
+
+@dataclass
+class Listener:
+    """Hears the decode; `at_token` is called with each count of tokens."""
+
+    trace: Trace
+    at_token: Callable[[int], None]
+    over: asyncio.Event
+    count: int = 0
+    reason: str = ""
+
+    def on_token(self, token: int, logits: Part | None) -> bool:
+        self.count += 1
+        self.trace.add(asyncio.get_running_loop().time(), f"token {token}")
+        self.at_token(self.count)
+        return True
+
+    def on_waiting(self, reason: str, error: PeerdError | None) -> None:
+        self.trace.add(asyncio.get_running_loop().time(), f"waiting {reason} {error and error.code}")
+
+    def on_end(self, reason: str, error: PeerdError | None) -> None:
+        self.reason = reason
+        self.over.set()
+
+
+@dataclass(frozen=True)
+class Story:
+    """What came of one run."""
+
+    tokens: list[int]
+    reason: str
+    replays: int
+    trace: str
+    took_s: float
+    left_sessions: int
+
+
+async def start_node(
+    stack: AsyncExitStack, network: Network, address: str, seed: int
+) -> tuple[Host, SpanService, Hops, SessionDirectory, ArithmeticDevice]:
+    clock = LoopClock()
+    randomness = Seeded(f"{seed} {address}")
+    ports = Ports(clock, clock, randomness, (network.transport(address),), NoStorage())
+    host = await stack.enter_async_context(Host(Identity(randomness.token(32)), ports))
+    await host.listen(tcp_address(address, 4001))
+    device, directory = ArithmeticDevice(), SessionDirectory()
+    hops = Hops(HopSettings(host.peer_id.multihash, randomness.token(16)), OpenDoor(), device)
+    service = await stack.enter_async_context(SpanService(host, device, hops, directory, clock))
+    return host, service, hops, directory, device
+
+
+Fault = Callable[[Network, int], None]
+
+
+async def decode(fault: Fault, seed: int = 1, network_options: LinkOptions | None = None) -> Story:
+    trace = Trace()
+    network = Network(trace, network_options or LinkOptions(delay_s=0.01))
+    async with asyncio.timeout(300), AsyncExitStack() as stack:
+        served: list[Hop] = []
+        all_hops: list[Hops] = []
+        for address, span in SERVERS.items():
+            host, _, hops, _, _ = await start_node(stack, network, address, seed)
+            served.append(Hop(host.peer_id.multihash, (f"/ip4/{address}/tcp/4001",), span))
+            all_hops.append(hops)
+        host, service, _, directory, device = await start_node(stack, network, DRIVER, seed)
+        planner = FixedPlanner(served, trace)
+        randomness = Seeded(f"{seed} sessions")
+        pool = DecoderPool(host, service, directory, device, planner, LoopClock(), randomness, 1)
+        await stack.enter_async_context(pool)
+        over = asyncio.Event()
+        listener = Listener(trace, lambda count: fault(network, count), over)
+        model = DriverModel("arithmetic", MODEL, CLASS, 1, 1024)
+        started = LoopClock().now()
+        running: Decode = pool.start(model, DecodeRequest(PROMPT, SamplingParams(), NEW_TOKENS), listener)
+        await over.wait()
+        took_s = LoopClock().now() - started
+        await asyncio.sleep(1)
+        left = sum(hops.session_count for hops in all_hops)
+        return Story(running.output, listener.reason, running.replays, trace.digest(), took_s, left)
+
+
+def nothing(network: Network, count: int) -> None:
+    """No fault."""
+
+
+def kill_at(token: int, address: str) -> Fault:
+    return lambda network, count: network.kill(address) if count == token else None
+
+
+def cut_at(token: int, one: str, other: str) -> Fault:
+    return lambda network, count: network.cut(one, other) if count == token else None
+
+
+def test_without_a_loss_the_ring_gives_the_tokens_of_the_whole_model_and_frees_every_hop() -> None:
+    story = run(decode(nothing))
+    assert (story.tokens, story.reason, story.replays) == (expected(), "length", 0)
+    assert story.left_sessions == 0
+
+
+@pytest.mark.parametrize("token", [1, 7, 23])
+def test_a_server_that_vanishes_mid_decode_costs_a_replay_and_no_token(token: int) -> None:
+    story = run(decode(kill_at(token, "10.0.0.2")))
+    assert (story.tokens, story.reason) == (expected(), "length")
+    assert story.replays >= 1
+
+
+def test_a_link_between_two_hops_that_is_cut_costs_a_replay_and_no_token() -> None:
+    story = run(decode(cut_at(9, "10.0.0.1", "10.0.0.2")))
+    assert (story.tokens, story.reason) == (expected(), "length")
+    assert story.replays >= 1
+
+
+@pytest.mark.parametrize("byte", [200, 3000, 6007])
+def test_a_link_that_breaks_at_a_byte_costs_no_token(byte: int) -> None:
+    def fault(network: Network, count: int) -> None:
+        if count == 1:
+            network.set_link("10.0.0.1", "10.0.0.2", LinkOptions(delay_s=0.01, cut_after_bytes=byte))
+
+    story = run(decode(fault))
+    assert (story.tokens, story.reason) == (expected(), "length")
+
+
+def test_a_server_behind_a_black_hole_is_noticed_by_its_silence() -> None:
+    def fault(network: Network, count: int) -> None:
+        if count == 5:
+            for other in (DRIVER, "10.0.0.1", "10.0.0.3"):
+                network.set_link("10.0.0.2", other, LinkOptions(is_black_hole=True))
+
+    story = run(decode(fault))
+    assert (story.tokens, story.reason) == (expected(), "length")
+    assert story.replays >= 1
+    assert story.took_s < 15
+
+
+@pytest.mark.parametrize("fault", [nothing, kill_at(5, "10.0.0.2")])
+def test_the_same_seed_tells_the_same_story_twice(fault: Fault) -> None:
+    assert run(decode(fault, seed=3)) == run(decode(fault, seed=3))
+
+
+def test_a_listener_hears_nothing_of_the_machinery(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        run(decode(kill_at(3, "10.0.0.2")))
+    assert [record.getMessage() for record in caplog.records] == []
