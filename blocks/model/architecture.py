@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,6 +23,7 @@ from blocks.model.errors import BadModel, UnsupportedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_BRIEF_CHARS = 300
 _FOREIGN_PARTS = ("vision_config", "audio_config", "speech_config", "vq_config")
 
 
@@ -62,9 +64,9 @@ def read_config(fields: Mapping[str, Any]) -> PretrainedConfig:
     try:
         with quiet_transformers():
             config = CONFIG_MAPPING[kind].from_dict(dict(fields))
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise BadModel(
-            f"The config.json of this {kind} model doesn't fit its type ({error}): fetch it again."
+            f"The config.json of this {kind} model doesn't fit its type ({_brief(error)}): fetch it again."
         ) from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -110,7 +112,9 @@ def build(
                 None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise BadModel(f"The weights don't fit the config of this {config.model_type} model: {error}") from error
+        raise BadModel(
+            f"The weights don't fit the config of this {config.model_type} model: {_brief(error)}"
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise BadModel(f"The weights lack {missing[0]} and {len(missing) - 1} more tensors: fetch them again.")
@@ -125,6 +129,11 @@ def find_blocks(model: PreTrainedModel, count: int) -> Anatomy:
             if isinstance(child, nn.ModuleList) and len(child) == count and _is_block_list(child):
                 return Anatomy(model, module, name)
     raise UnsupportedModel(f"{model.config.model_type} keeps its blocks in no plain list, so it can't be cut.")
+
+
+def _brief(error: Exception) -> str:
+    """A library's message on one line."""
+    return " ".join(str(error).split())[:_BRIEF_CHARS]
 
 
 def _is_block_list(blocks: nn.ModuleList) -> bool:

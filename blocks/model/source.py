@@ -118,7 +118,7 @@ def resolve(spec: str, cache_dir: Path | None = None, progress: Progress | None 
     if spec == DEMO:
         return resolve_directory(Path(__file__).parent.parent / DEMO, cache_dir, progress, kind=DEMO)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return resolve_directory(path, cache_dir, progress)
     looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1
     if path.exists() or looks_like_path or not spec:

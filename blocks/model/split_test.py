@@ -7,20 +7,24 @@ configs and the comparison; needs no weights of the real model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
 
 from blocks.model.architecture import quiet_transformers, read_config
 from blocks.model.errors import BadModel, UnsupportedModel
 from blocks.model.head import Head, load_head
-from blocks.model.source import ModelSource, block_count, resolve_directory, text_config
+from blocks.model.identity import canonical_config
+from blocks.model.limits import MAX_CONFIG_BYTES
+from blocks.model.source import DEMO, ModelSource, block_count, read_json, resolve_directory, text_config
 from blocks.model.span import STATEFUL_ROPES, Span, load_span, max_positions, rope_kind
 
 _BLOCKS = 4
@@ -74,16 +78,38 @@ def split_test(config: Mapping[str, Any]) -> SplitVerdict:
     return SplitVerdict(kind, "exact")
 
 
-def require_exact(source: ModelSource) -> SplitVerdict:
+def require_exact(source: ModelSource, cache_dir: Path | None = None) -> SplitVerdict:
     """The self-test of a model that is about to be served.
+
+    The embedded model is proven by the project's own tests. Of others, verdicts are kept in ``cache_dir``, by config and versions.
 
     Raises:
         UnsupportedModel: it isn't proven exact when cut; says why.
     """
-    verdict = split_test(source.config)
+    if source.kind == DEMO:
+        return SplitVerdict(str(source.config.get("model_type")), "exact")
+    verdict = _remembered(source, cache_dir) or split_test(source.config)
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _verdict_path(source, cache_dir).write_text(json.dumps(asdict(verdict)), encoding="utf-8")
     if not verdict.may_serve:
         raise UnsupportedModel(f"{source.name} ({verdict.model_type}) can't be served in spans: {verdict.reason}")
     return verdict
+
+
+def _verdict_path(source: ModelSource, cache_dir: Path) -> Path:
+    versions = f"{torch.__version__} {transformers.__version__} {canonical_config(source.config)}"
+    return cache_dir / f"split-{hashlib.sha256(versions.encode()).hexdigest()[:32]}.json"
+
+
+def _remembered(source: ModelSource, cache_dir: Path | None) -> SplitVerdict | None:
+    if cache_dir is None or not _verdict_path(source, cache_dir).is_file():
+        return None
+    try:
+        found = SplitVerdict(**read_json(_verdict_path(source, cache_dir), MAX_CONFIG_BYTES))
+    except (BadModel, TypeError):  # a cache: what can't be read is worked out again
+        return None
+    return found if found.verdict in ("exact", "limited") else None
 
 
 def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
