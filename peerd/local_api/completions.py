@@ -1,0 +1,154 @@
+"""``/v1/completions`` and ``/v1/chat/completions``: a request's body to a `Generation`, its events to JSON or a stream.
+
+Owns when a stream begins: with the first text or notice, so that whatever fails at once has its own HTTP status. Closing the connection
+cancels the handler, which leaves the `Generation`, which frees every hop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import web
+
+from overlay.errors import PeerdError
+from peerd.generation import Delta, Done, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
+from peerd.local_api import replies
+from peerd.local_api.errors import MalformedJson, RequestTooLarge, TooManyRequests
+from peerd.local_api.limits import BODY_BYTES_MAX, GENERATIONS_MAX
+from peerd.local_api.node_view import NodeView
+from peerd.local_api.parameters import SEED_BITS, CompletionRequest, parse_completion
+
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+def json_response(document: dict[str, Any], status: int = 200) -> web.Response:
+    """A JSON answer, text kept readable."""
+    text = json.dumps(document, ensure_ascii=False)
+    return web.Response(text=text, status=status, content_type="application/json")
+
+
+class Completions:
+    """The handlers of both paths, and the generations under way."""
+
+    def __init__(self, node: NodeView) -> None:
+        self._node = node
+        self._running: dict[int, Generation] = {}
+        self._count = 0
+        self._stopping = False
+
+    async def plain(self, request: web.Request) -> web.StreamResponse:
+        return await self._handle(request, is_chat=False)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._handle(request, is_chat=True)
+
+    def cancel_all(self) -> None:
+        """End every answer under way with `Stopping`, and refuse new ones."""
+        self._stopping = True
+        for generation in tuple(self._running.values()):
+            generation.stop()
+
+    async def _handle(self, http: web.Request, *, is_chat: bool) -> web.StreamResponse:
+        seed = self._node.randomness.below(1 << SEED_BITS)
+        request = parse_completion(await _json_body(http), is_chat=is_chat, drawn_seed=seed)
+        if self._stopping:
+            raise Stopping("The daemon is stopping; ask another one, or again when it is back.")
+        if self._count >= GENERATIONS_MAX:
+            raise TooManyRequests(f"{GENERATIONS_MAX} generations are under way; try again when some have ended.")
+        self._count += 1
+        self._node.metrics.generations.inc()
+        try:
+            return await self._answer(http, request)
+        finally:
+            self._count -= 1
+            self._node.metrics.generations.dec()
+
+    async def _answer(self, http: web.Request, request: CompletionRequest) -> web.StreamResponse:
+        model = await self._node.open_model(request.model)
+        now_s = self._node.wall_clock.now_s()
+        prompt = await asyncio.to_thread(encode_prompt, model, request.generation, now_s)
+        async with self._generation(model, request, prompt) as generation:
+            writer = replies.CompletionWriter(request, generation.session.hex(), int(now_s), model.name)
+            if request.stream:
+                return await self._streamed(http, writer, generation)
+            return await self._whole(writer, generation)
+
+    @asynccontextmanager
+    async def _generation(
+        self, model: TextModel, request: CompletionRequest, prompt: tuple[int, ...]
+    ) -> AsyncIterator[Generation]:
+        async with Generation(model, request.generation, prompt) as generation:
+            self._running[id(generation)] = generation
+            try:
+                yield generation
+            finally:
+                del self._running[id(generation)]
+
+    async def _whole(self, writer: replies.CompletionWriter, generation: Generation) -> web.Response:
+        text: list[str] = []
+        token_ids: list[int] = []
+        document: dict[str, Any] = {}
+        async for event in generation:
+            if isinstance(event, Delta):
+                text.append(event.text)
+                token_ids += event.token_ids
+            elif isinstance(event, Done):
+                self._record(writer.model, event)
+                document = writer.whole("".join(text), token_ids, event)
+        return json_response(document)
+
+    async def _streamed(
+        self, http: web.Request, writer: replies.CompletionWriter, generation: Generation
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        response.enable_chunked_encoding()
+        try:
+            async for event in generation:
+                piece = self._piece(writer, event)
+                if not response.prepared:
+                    await response.prepare(http)
+                    piece = writer.first() + piece
+                if piece:
+                    await response.write(piece)
+        except PeerdError as error:
+            if not response.prepared:
+                raise
+            await response.write(replies.failure(error))
+        await response.write_eof()
+        return response
+
+    def _piece(self, writer: replies.CompletionWriter, event: Delta | Waiting | Quiet | Done) -> bytes:
+        if isinstance(event, Delta):
+            return writer.delta(event)
+        if isinstance(event, Waiting):
+            return replies.comment(event)
+        if isinstance(event, Quiet):
+            return replies.KEEP_ALIVE
+        self._record(writer.model, event)
+        return writer.done(event)
+
+    def _record(self, model: str, done: Done) -> None:
+        metrics = self._node.metrics
+        metrics.prompt_tokens.labels(model).inc(done.prompt_tokens)
+        metrics.generated_tokens.labels(model).inc(done.completion_tokens)
+        metrics.replays.labels(model).inc(done.replays)
+
+
+async def _json_body(http: web.Request) -> dict[str, Any]:
+    if (http.content_length or 0) > BODY_BYTES_MAX:
+        raise RequestTooLarge(f"The request is over {BODY_BYTES_MAX >> 20} MiB; send less.")
+    raw = await http.read()
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise MalformedJson(
+            f'The request\'s body is not JSON{where}; send an object like {{"prompt": "Hello"}}.'
+        ) from error
+    if not isinstance(document, dict):
+        raise MalformedJson("The request's body must be a JSON object.")
+    return document

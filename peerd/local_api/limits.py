@@ -1,0 +1,17 @@
+"""Every bound of the local API, by name."""
+
+from __future__ import annotations
+
+BODY_BYTES_MAX = 4 << 20
+HEADER_LINE_BYTES_MAX = 8190
+GENERATIONS_MAX = 256
+MESSAGES_MAX = 4096
+PROMPT_TOKENS_MAX = 1 << 20
+NEW_TOKENS_MAX = 1 << 24
+WAIT_S_MAX = 3600.0
+DEFAULT_WAIT_S = 60.0
+MODEL_NAME_CHARS_MAX = 512
+NAME_CHARS_MAX = 80
+"""Of a field's name or value, when an error quotes it."""
+STOP_GRACE_S = 5.0
+"""How long answers under way may take to hear that the daemon stops."""

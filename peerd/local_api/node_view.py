@@ -1,0 +1,103 @@
+"""What the local API needs of the node: a protocol and the values that it gives. Types only.
+
+The API never reaches behind this, so it can be tested against any node, and the node knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from overlay.ports import Randomness, WallClock
+from peerd.generation import TextModel
+from peerd.metrics import Metrics
+from routing.types import Span
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A span that this node serves, or is about to."""
+
+    model_id: str  # hex
+    name: str
+    span: Span
+    state: str  # joining, online or draining
+    progress: float  # of loading, 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class HopView:
+    """One hop of a session's route."""
+
+    peer: str
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session that this node drives."""
+
+    session: str  # hex
+    model: str
+    route: tuple[HopView, ...]
+    tokens: int
+    replays: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The node itself. ``state`` is joining until it found the network it was told to join, then online, at the end draining."""
+
+    peer_id: str
+    version: str
+    state: str
+    addresses: tuple[str, ...]  # full multiaddrs ending in /p2p/ID
+    models: tuple[ServedModel, ...] = ()
+    sessions: tuple[SessionView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerView:
+    """One peer's span of a model."""
+
+    peer: str
+    span: Span
+    state: str
+    is_self: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmModel:
+    """A model that can be asked for by ``name``, and who serves it."""
+
+    model_id: str  # hex
+    name: str
+    blocks: int
+    compute_class: str
+    servers: tuple[ServerView, ...] = ()
+
+
+class NodeView(Protocol):
+    """A running node."""
+
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def wall_clock(self) -> WallClock: ...
+    @property
+    def randomness(self) -> Randomness: ...
+
+    def status(self) -> Status: ...
+
+    def swarm(self) -> tuple[SwarmModel, ...]:
+        """Every model known, in the order of their names."""
+
+    async def open_model(self, name: str | None) -> TextModel:
+        """Find a model by name (None: the only one there is) and make it ready to be driven; may fetch its small parts.
+
+        Raises:
+            PeerdError: ``unknown-model`` (404), ``model-required`` (400, lists the names), or why it can't be driven.
+        """
+
+    def request_stop(self) -> None:
+        """Begin a graceful stop; returns at once."""
