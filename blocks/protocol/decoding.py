@@ -68,7 +68,7 @@ def decode(message: Message) -> SessionMessage:
 
 def _read_want(header: Header, position: int, tokens: int) -> Want:
     want = header.get("w")
-    if want == "last" or want == "none" or want == "all":  # noqa: PLR1714 (a tuple test is slower, on the hot path)
+    if want == "last" or want == "none" or want == "all":
         return want  # type: ignore[no-any-return]
     if type(want) is list and len(want) == 2 and type(want[0]) is int and type(want[1]) is int:
         if position <= want[0] < want[1] <= position + tokens:

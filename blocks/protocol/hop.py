@@ -299,11 +299,11 @@ class HopSession:
             self._fail(item, error)
             return
         self.windows_done += 1
+        self.journal.truncate(item.position)
         if item.cancelled:
             self._pass_on_empty(item.turn, item.position, item.tokens, item.want, item.input_digest)
         else:
             entry = Entry(item.turn, item.position, item.tokens, item.want, item.input_digest, hidden)
-            self.journal.truncate(item.position)
             self.journal.append(entry)
             self._pass_on(entry)
         if self._waiting:
