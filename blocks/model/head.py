@@ -78,9 +78,10 @@ class Head:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.device).reshape(1, -1)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
-            raise ValueError(f"token ids lie between 0 and {self.vocabulary - 1}")
+        listed = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+        if not listed or min(listed) < 0 or max(listed) >= self.vocabulary:
+            raise ValueError(f"token ids lie between 0 and {self.vocabulary - 1}, and there is at least one")
+        ids = torch.tensor([listed], device=self.device)
         with torch.inference_mode():
             return self._embed(ids, position)
 
