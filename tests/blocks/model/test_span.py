@@ -17,6 +17,8 @@ from tests.models import FAMILIES, make_tiny
 
 WINDOWS = (7, 1, 1, 5, 1, 3, *[1] * 14)  # crosses the sliding window of 8 in single steps
 TOKENS = sum(WINDOWS)
+# Each takes another way through planning and tracing; tracing costs a second a family, and proves itself at every load.
+TRACED = {"llama", "gemma2", "gemma3_text", "gpt2", "bloom", "falcon", "mixtral"}
 
 
 def ids_of(count: int) -> list[int]:
@@ -85,8 +87,10 @@ def test_a_model_cut_anywhere_gives_the_very_bits_of_the_whole_one(
 def test_traced_steps_and_truncation_change_no_bit(
     source: ModelSource, head: Head, expected: list[torch.Tensor]
 ) -> None:
-    spans = [load_span(source, 0, 3), load_span(source, 3, 4)]
-    assert same(run(head, spans), expected)
+    traced = source.config["model_type"] in TRACED
+    spans = [load_span(source, 0, 3, prepare_steps=traced), load_span(source, 3, 4, prepare_steps=traced)]
+    if traced:
+        assert same(run(head, spans), expected)
     assert same(run(head, spans, take_back=True), expected)
 
 
