@@ -34,6 +34,7 @@ class Announcer:
         self._clock = clock
         self._records: dict[ModelId, SpanRecord] = {}
         self._told_at: dict[ModelId, float] = {}
+        self._stale: list[tuple[bytes, bytes]] = []
 
     def announce(self, record: SpanRecord, blocks: int) -> None:
         """Publish ``record`` of a model with ``blocks`` blocks, unless it only differs in figures and came too soon."""
@@ -44,8 +45,7 @@ class Announcer:
             return
         if known is not None and known.span != record.span:
             stale = set(span_keys(record.model, known.span)) - set(span_keys(record.model, record.span))
-            for key in sorted(stale):
-                self._dht.publish(key, bytes(record.model), b"", SPAN_TTL_S)
+            self._stale += [(key, bytes(record.model)) for key in sorted(stale)]
         self._records[record.model] = record
         self._told_at[record.model] = now
         self._swarm.put_own(record, blocks)
@@ -57,6 +57,11 @@ class Announcer:
         self._swarm.put_own_manifest(manifest)
         value: bytes = msgpack.packb(manifest.to_document())
         self._dht.publish(MANIFESTS_KEY, bytes(manifest.model), value, MANIFEST_TTL_S)
+
+    async def withdraw_stale(self) -> None:
+        """Take back what stands under keys that a span no longer touches."""
+        stale, self._stale = self._stale, []
+        await asyncio.gather(*(self._dht.withdraw(key, subkey) for key, subkey in stale))
 
     def drain(self) -> None:
         """Say of everything that it is leaving."""

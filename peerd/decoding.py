@@ -176,8 +176,10 @@ class Decode:
     """One session under way. `cancel` is the only thing to call."""
 
     def __init__(self, pool: DecoderPool, model: DriverModel, request: DecodeRequest, listener: DecodeListener) -> None:
+        if not request.prompt or request.max_new_tokens < 1:
+            raise ValueError("a decode needs a prompt of at least one token, and at least one token to make")
         self._pool = pool
-        self._model = model
+        self.model = self._model = model
         self._request = request
         self._listener = listener
         self.session = pool.randomness.token(16)
@@ -195,6 +197,9 @@ class Decode:
         self._moving = False
         self._route_over = asyncio.Event()
         self._last_error: PeerdError | None = None
+        self._stalled_at: float | None = pool.clock.now()
+        """Since when nothing has come out: only so long does ``wait_s`` count."""
+        self._barren_routes = 0
         self._executing = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -261,12 +266,26 @@ class Decode:
             self._driver.open(route, self._pool.clock.now())
             self._execute()
             await self._route_over.wait()
+            await self._pause()
         self._end("error", self._last_error)
+
+    async def _pause(self) -> None:
+        """After routes that gave nothing, let the swarm change before the next: no spinning on a refusal."""
+        self._barren_routes += 1
+        if self._ended or self._barren_routes < 2:
+            return
+        delay_s = min(RETRY_S * 2 ** min(self._barren_routes - 2, 8), RETRY_MAX_S)
+        await self._pool.planner.wait_changed(delay_s)
 
     async def _plan(self) -> Route | None:
         """A route; waits where waiting can help, and says so. None when the decode ended with an error."""
         clock, request = self._pool.clock, self._request
-        deadline = clock.now() + request.wait_s
+        if self._stalled_at is None:
+            self._stalled_at = clock.now()
+        deadline = self._stalled_at + request.wait_s
+        if self._barren_routes and clock.now() > deadline:
+            self._end("error", self._last_error)
+            return None
         delay_s = RETRY_S
         while not self._ended:
             try:
@@ -352,6 +371,8 @@ class Decode:
         self._execute()
 
     def _on_output(self, output: Output) -> None:
+        self._stalled_at = None
+        self._barren_routes = 0
         if output.hidden is None:
             self._embed_more()
             return
@@ -496,6 +517,8 @@ class Decode:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._task is not None and asyncio.current_task() is not self._task:
+            self._task.cancel()  # it may be waiting for the swarm to change
         self._pool.directory.remove(self.session)
         self._pool.ended(self)
         self._route_over.set()

@@ -51,7 +51,7 @@ class UnknownModel(PeerdError):
 class AmbiguousModel(PeerdError):
     """A name, or none, that several models answer to."""
 
-    code = "ambiguous-model"
+    code = "model-required"
     exit_code = 54
     http_status = 400
     blame = Blame.USER
@@ -132,6 +132,10 @@ class Swarm:
     def view(self, model: ModelId) -> ModelView:
         """Who serves what of one model, as known now."""
         return self._catalog.view(model, self._block_counts.get(model, 1), self._clock.now())
+
+    def expect_blocks(self, model: ModelId, blocks: int) -> None:
+        """How many blocks a model has that nobody has announced yet."""
+        self._block_counts.setdefault(model, blocks)
 
     def neediest(self, models: Sequence[ModelId]) -> ModelId | None:
         """Which of ``models`` wants servers most."""
@@ -231,7 +235,7 @@ class Swarm:
             publisher = record.publisher.multihash
             known = newest.get(publisher)
             if known is None or record.sequence > known[0]:
-                newest[publisher] = (record.sequence, record.value, record.left_s)
+                newest[publisher] = (record.sequence, record.value, float(record.ttl_s))
         found = [(publisher, value, left_s) for publisher, (_, value, left_s) in sorted(newest.items())]
         self._catalog.replace(model, found, now)
         own = self._own.get(model)
