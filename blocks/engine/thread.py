@@ -161,11 +161,13 @@ class DeviceThread:
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        for _ in range(len(self._completed)):
-            result, done = self._completed.popleft()
-            done(result)
-        if self._completed and self._loop is not None:
-            self._loop.call_soon(self._deliver)
+        try:
+            for _ in range(len(self._completed)):
+                result, done = self._completed.popleft()
+                done(result)
+        finally:  # also after a callback that raised: nothing else would wake the loop for what is left
+            if self._completed and self._loop is not None:
+                self._loop.call_soon(self._deliver)
 
 
 def _lease_of(work: object) -> tuple[bytes, int] | None:

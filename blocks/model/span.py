@@ -8,6 +8,7 @@ as the model's own forward would call them (`plan`), with single tokens through 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,21 @@ class Span:
             )
             steps.prepare()
         self._steps = steps
+
+    def section(self, start: int, end: int) -> Span:
+        """Blocks [start, end) of this span over the same weights, for routes that enter or leave it midway; not traced.
+
+        Raises:
+            ValueError: for blocks that aren't in this span.
+        """
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"{start}:{end} is no part of {self.start}:{self.end}")
+        part = copy(self)
+        part.start, part.end = start, end
+        part._blocks = self._blocks[start - self.start : end - self.start]
+        part._shapes = tuple(shape for shape in self._shapes if start <= shape.block < end)
+        part._steps = None
+        return part
 
     @property
     def width(self) -> int:
