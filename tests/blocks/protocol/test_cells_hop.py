@@ -517,3 +517,18 @@ def test_an_open_for_another_peers_place_is_refused() -> None:
     scene = HopScene()
     assert codes(scene.say(scene.order(hop_index=0))) == ["bad-message"]
     assert OpenNext not in [type(c) for c in scene.commands]
+
+
+def test_cancel_first_copy_leaves_a_gap_where_the_dropped_windows_were() -> None:
+    scene = HopScene().opened()
+    for turn in range(1, 5):
+        scene.feed(scene.window(turn, turn - 1))
+    scene.say(Cancel(SESSION, E1, 1, 4))
+    assert isinstance(said(scene.feed(scene.window(5, 3)))[0], Gap)
+
+
+def test_gap_first_copy_is_not_filled_with_what_was_rolled_back() -> None:
+    scene = computed(3)
+    scene.compute(scene.window(4, 1))
+    out = passed_on(scene.say(Gap(SESSION, E1, 2, 0, 4, 1), THIRD, "next"))
+    assert [w.turn for w in out if isinstance(w, Window)] == [4]

@@ -27,7 +27,6 @@ from blocks.protocol.messages import (
     Reserved,
     Result,
     SessionError,
-    Window,
 )
 from overlay.errors import ConnectionLost
 from overlay.rpc.types import Message, Part
@@ -127,7 +126,12 @@ class HopStates(RuleBasedStateMachine):
         ][which]
         self.hear(message, sender, channel)
 
-    @rule(field=st.sampled_from("s e h b n o c w m cc a digest x route model driver".split()), junk=JUNK)
+    @rule(
+        field=st.sampled_from(
+            ["s", "e", "h", "b", "n", "o", "c", "w", "m", "cc", "a", "digest", "x", "route", "model", "driver"]
+        ),
+        junk=JUNK,
+    )
     def spoil(self, field: str, junk: Any) -> None:
         for message in (self.scene.window(), self.scene.order(Epoch(2, 3))):
             spoilt = spoiled(message.to_message(FIRST, SECOND), field, junk)
@@ -254,7 +258,30 @@ class DriverStates(RuleBasedStateMachine):
         ][which]
         self.hear(message, sender)
 
-    @rule(field=st.sampled_from("s e h b n o c w m cc a boot steps windows bytes kv_have code".split()), junk=JUNK)
+    @rule(
+        field=st.sampled_from(
+            [
+                "s",
+                "e",
+                "h",
+                "b",
+                "n",
+                "o",
+                "c",
+                "w",
+                "m",
+                "cc",
+                "a",
+                "boot",
+                "steps",
+                "windows",
+                "bytes",
+                "kv_have",
+                "code",
+            ]
+        ),
+        junk=JUNK,
+    )
     def spoil(self, field: str, junk: Any) -> None:
         for message in (self.scene.ready(0), Heartbeat(SESSION, self.scene.epoch, 0, BOOT, 1, 1, 1.0)):
             self.scene.driver.receive(spoiled(message.to_message(FIRST, DRIVER), field, junk), FIRST, self.scene.now)
@@ -287,11 +314,11 @@ class DriverStates(RuleBasedStateMachine):
 
     @invariant()
     def credits_are_neither_lost_nor_made(self) -> None:
-        credits = self.scene.driver._credits
+        left = self.scene.driver._credits
         under_way = self.scene.driver._under_way.values()
-        assert 0 <= credits.windows_free <= credits.windows_granted
-        assert credits.windows_free + len(under_way) == credits.windows_granted
-        assert credits.bytes_free + sum(turn.size_bytes for turn in under_way) == credits.bytes_granted
+        assert 0 <= left.windows_free <= left.windows_granted
+        assert left.windows_free + len(under_way) == left.windows_granted
+        assert left.bytes_free + sum(turn.size_bytes for turn in under_way) == left.bytes_granted
 
 
 TestHopStates = HopStates.TestCase

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocks.protocol.commands import (
     CloseChannel,
-    CloseHops,
-    CloseNext,
-    EdgeKey,
-    OpenNext,
+    HopCommand,
     Output,
     Reply,
     RouteLost,
@@ -76,18 +74,19 @@ class Ring:
             elif isinstance(event, RouteLost):
                 self.lost.append(event)
         for peer, hops in self.hops.items():
-            for command in hops.poll_commands():
-                if isinstance(command, SendNext):
-                    edge: EdgeKey = command.edge
-                    self.put(("data", edge.epoch, edge.hop_index + 1), command.message)
-                elif isinstance(command, Reply):
-                    self.put(("up", *command.channel[1:]), command.message)  # type: ignore[index]
-                elif isinstance(command, Submit) and isinstance(command.job, SpanJob):
-                    self.devices.setdefault(peer, deque()).append(command.job)
-                elif isinstance(command, CloseChannel):
-                    self.refused.append(command.code)
-                else:
-                    assert isinstance(command, OpenNext | CloseNext | Submit | CloseHops)
+            for order in hops.poll_commands():
+                self.obey(peer, order)
+
+    def obey(self, peer: bytes, order: HopCommand) -> None:
+        if isinstance(order, SendNext):
+            self.put(("data", order.edge.epoch, order.edge.hop_index + 1), order.message)
+        elif isinstance(order, Reply):
+            _, epoch, index = cast(Lane, order.channel)
+            self.put(("up", epoch, index), order.message)
+        elif isinstance(order, Submit) and isinstance(order.job, SpanJob):
+            self.devices.setdefault(peer, deque()).append(order.job)
+        elif isinstance(order, CloseChannel):
+            self.refused.append(order.code)
 
     def put(self, lane: Lane, message: Message) -> None:
         self.lanes.setdefault(lane, deque()).append(message)
