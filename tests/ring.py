@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from blocks.engine.inline import InlineDevice
@@ -35,6 +36,16 @@ from routing.types import ComputeClass, Hop, ModelId, Route, Span
 
 KEY = "tiny"
 CLASS = ComputeClass("none", "float32")
+
+
+@cache
+def _loaded_span(directory: Path, start: int, end: int) -> LoadedSpan:
+    return load_span(resolve(str(directory)), start, end, prepare_steps=False)
+
+
+@cache
+def _loaded_head(directory: Path) -> Head:
+    return load_head(resolve(str(directory)))
 
 
 class MemoryStorage(dict[str, bytes]):
@@ -153,11 +164,11 @@ class Listener:
 class Ring:
     """``async with Ring(directory) as ring``: makes nodes, a driver's pool and decodes."""
 
-    def __init__(self, directory: Path | str, *, threads: bool = False, steps: int = 0) -> None:
+    def __init__(self, directory: Path | str, *, threads: bool = False, traced: bool = False) -> None:
         self.source: ModelSource = resolve(str(directory))
         self.width: int = self.source.config["hidden_size"]
         self._threads = threads
-        self._steps = steps
+        self._traced = traced
         self._count = 0
         self._stack = AsyncExitStack()
         self.nodes: list[Node] = []
@@ -176,14 +187,8 @@ class Ring:
         ports = Ports(clock, SystemWallClock(), SystemRandomness(), (TcpTransport(),), MemoryStorage())
         host = await stack.enter_async_context(Host(Identity(bytes(31) + bytes([self._count])), ports))
         await host.listen(Multiaddr.parse("/ip4/127.0.0.1/tcp/0"))
-        span = load_span(self.source, start, end) if end > start else None
-        head = load_head(self.source) if drives else None
-        if self._steps:
-            for part in (span, head):
-                if isinstance(part, LoadedSpan):
-                    part.prepare_steps(self._steps)
-                elif part is not None:
-                    part.prepare_steps()
+        span = self._load_span(start, end) if end > start else None
+        head = self._load_head() if drives else None
         device = await self._device(stack, span, head)
         door, directory = Door(self.width), SessionDirectory()
         hops = Hops(HopSettings(host.peer_id.multihash, SystemRandomness().token(16)), door, device)
@@ -191,6 +196,14 @@ class Ring:
         node = Node(host, device, hops, service, directory, door, Span(start, end) if span else None, stack)
         self.nodes.append(node)
         return node
+
+    def _load_span(self, start: int, end: int) -> LoadedSpan:
+        if self._threads:  # a span is for one thread
+            return load_span(self.source, start, end, prepare_steps=self._traced)
+        return _loaded_span(self.source.directory, start, end)
+
+    def _load_head(self) -> Head:
+        return load_head(self.source) if self._threads else _loaded_head(self.source.directory)
 
     async def _device(
         self, stack: AsyncExitStack, span: LoadedSpan | None, head: Head | None
