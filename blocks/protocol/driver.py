@@ -10,7 +10,7 @@ The story of a session: `open(route)` → `RouteReady` → `submit` … `Output`
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 
 from blocks.protocol import limits
@@ -28,7 +28,6 @@ from blocks.protocol.commands import (
     SendControl,
     SendData,
 )
-from blocks.protocol.credits import Credits
 from blocks.protocol.decoding import decode
 from blocks.protocol.liveness import HopWatch, progress_deadline_s, ring_deadline_s
 from blocks.protocol.messages import (
@@ -48,6 +47,7 @@ from blocks.protocol.messages import (
     Want,
     Window,
 )
+from blocks.protocol.ring import Ring, Turn
 from blocks.protocol.session_errors import BadMessage, SessionFault
 from overlay.errors import PeerdError
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
@@ -80,20 +80,6 @@ class DriverSettings:
         return self.width * DTYPE_BYTES[self.dtype]
 
 
-@dataclass(slots=True)
-class _Turn:
-    """A window that the driver made: queued, or under way once ``sent_at`` is set."""
-
-    turn: int
-    position: int
-    tokens: int
-    want: Want
-    hidden: Part | None
-    size_bytes: int
-    sent_at: float = 0.0
-    cancelled: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class DriverStatistics:
     """A snapshot for people and metrics."""
@@ -118,13 +104,7 @@ class Driver:
         self._epoch = Epoch(settings.incarnation, 0)
         self._hops: tuple[Hop, ...] = ()
         self._watches: list[HopWatch] = []
-        self._credits = Credits()
-        self._window_tokens = 0
-        self._rollback_tokens = 0
-        self._turn = 0
-        self._position = 0
-        self._queue: deque[_Turn] = deque()
-        self._under_way: dict[int, _Turn] = {}
+        self._ring = Ring(settings.token_bytes)
         self._longest_s = 0.0
         self._gap: tuple[int, float] | None = None
         self._moved: list[int] = []
@@ -147,20 +127,20 @@ class Driver:
     @property
     def position(self) -> int:
         """Where the next window may start at the latest: the end of what was submitted on this route."""
-        return self._position
+        return self._ring.position
 
     @property
     def room(self) -> int:
         """How many windows of the granted size could be sent at once, without waiting for a result."""
-        return max(0, self._credits.windows_free - len(self._queue))
+        return self._ring.room
 
     def statistics(self) -> DriverStatistics:
         return DriverStatistics(
             self._epoch,
             self._phase.name.lower(),
-            self._turn,
-            len(self._under_way),
-            len(self._queue),
+            self._ring.last_turn,
+            len(self._ring.under_way),
+            self._ring.queued,
             tuple(sorted(self._refused.items())),
         )
 
@@ -198,15 +178,12 @@ class Driver:
             ValueError: for a window that no route could carry (a gap, too long, the wrong shape).
         """
         self._check_window(hidden, position, tokens, want)
-        self._turn += 1
         if self._phase in (DriverPhase.LOST, DriverPhase.CLOSED):
-            return self._turn
-        turn = _Turn(self._turn, position, tokens, want, hidden, tokens * self._settings.token_bytes)
-        self._queue.append(turn)
-        self._position = position + tokens
+            return self._ring.next_turn()
+        turn = self._ring.add(hidden, position, tokens, want)
         if self._phase is DriverPhase.FLOWING:
             self._flow(now)
-        return turn.turn
+        return turn
 
     def cancel(self, now: float) -> None:
         """Start no window that was submitted so far; their credits come back with their (empty) results.
@@ -215,12 +192,9 @@ class Driver:
         """
         if self._phase not in (DriverPhase.OPENING, DriverPhase.FLOWING):
             return
-        for turn in (*self._under_way.values(), *self._queue):
-            turn.cancelled = True
-            self._position = min(self._position, turn.position)
-        self._queue.clear()
+        self._ring.cancel()
         for index in range(len(self._hops)):
-            self._send(index, Cancel(self._settings.session, self._epoch, index, self._turn))
+            self._send(index, Cancel(self._settings.session, self._epoch, index, self._ring.last_turn))
 
     def close(self, now: float) -> None:
         """End the session: every hop frees its KV. Harmless when it has ended."""
@@ -314,16 +288,14 @@ class Driver:
         grants = [other.ready for other in self._watches if other.ready is not None]
         if len(grants) < len(self._hops):
             return
-        self._credits = Credits.smallest((grant.windows, grant.window_bytes) for grant in grants)
-        self._rollback_tokens = min(grant.rollback_tokens for grant in grants)
-        fits = self._credits.bytes_granted // self._settings.token_bytes
-        if fits < 1:
+        ring = self._ring
+        ring.take_grants(grants)
+        if ring.window_tokens < 1:
             self._lose(ready.hop_index, None, SessionFault("limit", "a hop takes less than one token's bytes"))
             return
-        self._window_tokens = min(fits, limits.WINDOW_TOKENS_MAX)
         self._enter(DriverPhase.FLOWING)
         self._events.append(
-            RouteReady(self._epoch, self._credits.windows_granted, self._window_tokens, self._rollback_tokens)
+            RouteReady(self._epoch, ring.credits.windows_granted, ring.window_tokens, ring.rollback_tokens)
         )
         self._flow(now)
 
@@ -331,26 +303,25 @@ class Driver:
         if result.hop_index != len(self._hops) - 1:
             self._violation(result.hop_index, "a result from a hop that isn't the last")
             return
-        turn = self._under_way.get(result.turn)
+        turn = self._ring.under_way.get(result.turn)
         if turn is None:
-            if result.turn > self._turn or any(queued.turn == result.turn for queued in self._queue):
+            if not self._ring.was_sent(result.turn):
                 self._violation(result.hop_index, "a result for a turn that was never sent")
             return
         if not self._answers(result, turn):
             self._violation(result.hop_index, "a result that doesn't answer its turn")
             return
-        del self._under_way[result.turn]
-        self._credits.give(turn.size_bytes)
+        self._ring.answer(result.turn)
         watch.heard_at = now
         self._longest_s = max(self._longest_s, (now - turn.sent_at) / turn.tokens)
         if self._gap is not None and self._gap[0] <= result.turn:
             self._gap = None
         if not turn.cancelled:
             self._events.append(Output(turn.turn, turn.position, turn.tokens, result.hidden))
-        if self._queue:
+        if self._ring.queued:
             self._flow(now)
 
-    def _answers(self, result: Result, turn: _Turn) -> bool:
+    def _answers(self, result: Result, turn: Turn) -> bool:
         settings = self._settings
         same = (
             result.position == turn.position
@@ -373,8 +344,8 @@ class Driver:
         watch.beat(heartbeat, now)
 
     def _on_gap(self, gap: Gap, now: float) -> None:
-        if gap.turn not in self._under_way:
-            if gap.turn > self._turn or any(queued.turn == gap.turn for queued in self._queue):
+        if gap.turn not in self._ring.under_way:
+            if not self._ring.was_sent(gap.turn):
                 self._violation(gap.hop_index, "a gap for a turn that was never sent")
             return
         if self._gap is not None:
@@ -415,34 +386,16 @@ class Driver:
     def _flow(self, now: float) -> None:
         """Send what is queued while credits last."""
         settings = self._settings
-        while self._queue:
-            turn = self._queue[0]
-            if turn.size_bytes > self._credits.bytes_granted:
-                self._lose(None, None, SessionFault("window-too-large", "a window is larger than its route takes"))
-                return
-            if not self._credits.take(turn.size_bytes):
-                return
-            self._queue.popleft()
+        while (sent := self._ring.send_next(now)) is not None:
+            turn, hidden = sent
             window = Window(
-                settings.session,
-                self._epoch,
-                0,
-                0,
-                turn.turn,
-                turn.position,
-                turn.tokens,
-                turn.want,
-                settings.model,
-                self._class_name,
-                settings.adapter,
-                None,
-                turn.hidden,
-            )
-            turn.hidden = None  # token ids are the driver's journal: the bytes belong to the stream now
-            turn.sent_at = now
-            self._under_way[turn.turn] = turn
+                settings.session, self._epoch, 0, 0, turn.turn, turn.position, turn.tokens, turn.want,
+                settings.model, self._class_name, settings.adapter, None, hidden,
+            )  # fmt: skip
             message = window.to_message(settings.self_peer, self._hops[0].peer)
             self._commands.append(SendData(self._epoch, message))
+        if self._ring.is_stuck:
+            self._lose(None, None, SessionFault("window-too-large", "a window is larger than its route takes"))
 
     def _check_window(self, hidden: Part, position: int, tokens: int, want: Want) -> None:
         settings = self._settings
@@ -456,21 +409,12 @@ class Driver:
             raise ValueError(f"the session was opened for {settings.max_tokens} tokens")
         if self._phase is not DriverPhase.FLOWING:
             return  # the route that this window was made for may be gone: nothing below is known
-        if tokens > self._window_tokens:
-            raise ValueError(f"this route takes at most {self._window_tokens} tokens in a window")
-        if position > self._position:
-            raise ValueError(f"a window at {position} would leave a gap after {self._position}")
-        if self._position - position > self._rollback_tokens:
-            raise ValueError(f"this route rolls back {self._rollback_tokens} tokens at most")
-        if len(self._queue) >= limits.QUEUED_WINDOWS_MAX:
-            raise ValueError(f"more than {limits.QUEUED_WINDOWS_MAX} windows are waiting")
+        fault = self._ring.fault(position, tokens)
+        if fault is not None:
+            raise ValueError(fault)
 
     def _forget_windows(self) -> None:
-        self._queue.clear()
-        self._under_way.clear()
-        self._credits = Credits()
-        self._position = 0
-        self._window_tokens = 0
+        self._ring.clear()
         self._gap = None
 
     # --- routes come and go ---
@@ -541,14 +485,13 @@ class Driver:
     def _forgive(self, late_s: float) -> None:
         for watch in self._watches:
             watch.forgive(late_s)
-        for turn in self._under_way.values():
-            turn.sent_at += late_s
+        self._ring.forgive(late_s)
 
     def _check_deadlines(self, now: float) -> None:
         if self._gap is not None and now >= self._gap[1]:
             self._lose(None, None, SessionFault("gap", "a hop lacks tokens that its predecessor no longer has"))
             return
-        tokens = max((turn.tokens for turn in self._under_way.values()), default=1)
+        tokens = max((turn.tokens for turn in self._ring.under_way.values()), default=1)
         progress_s = progress_deadline_s(tokens, self._longest_s)
         for index, watch in enumerate(self._watches):
             fault = watch.fault(now, self._settings.heartbeat_s, progress_s)
@@ -559,10 +502,10 @@ class Driver:
 
     def _check_ring(self, now: float, progress_s: float) -> None:
         """A turn that no hop owns to, or that takes far too long, is lost: nobody beats for it."""
-        if not self._under_way:
+        oldest = self._ring.oldest
+        if oldest is None:
             return
-        oldest = min(self._under_way.values(), key=lambda turn: turn.sent_at)
-        size_bytes = sum(turn.size_bytes for turn in self._under_way.values())
+        size_bytes = self._ring.bytes_under_way
         age_s = now - oldest.sent_at
         link_s = len(self._hops) * size_bytes / limits.LINK_BYTES_PER_S_MIN
         owned = [index for index, watch in enumerate(self._watches) if watch.oldest_s is not None]

@@ -490,3 +490,14 @@ def test_garbage_from_a_hop_loses_the_route_and_blames_that_peer() -> None:
     scene.driver.receive(message, FIRST, scene.now)
     event = lost(scene.driver.poll_events())
     assert (event.hop_index, event.error.code, event.error.blame) == (0, "bad-message", Blame.PEER)
+
+
+def test_a_window_made_before_the_grant_was_known_and_too_large_for_it_loses_the_route_not_the_session() -> None:
+    scene = DriverScene(window_bytes=32)
+    scene.submit(0, 1)
+    scene.submit(1, 3)
+    for index in range(3):
+        scene.say(scene.ready(index))
+    events = scene.driver.poll_events()
+    assert isinstance(events[-1], RouteLost)
+    assert (events[-1].error.code, events[-1].error.blame) == ("window-too-large", Blame.US)

@@ -57,6 +57,8 @@ JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=4), st.binary(max_size=40),
     st.lists(st.integers(-2, 9), max_size=3), st.just(float("nan")),
 )  # fmt: skip
+WINDOW_FIELDS = "s e h b n o c w m cc a digest x route model driver".split()  # noqa: SIM905
+READY_FIELDS = "s e h boot steps queue oldest_s windows bytes kv_have journal_from".split()  # noqa: SIM905
 GENTLY = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
@@ -236,7 +238,7 @@ class DriverStates(RuleBasedStateMachine):
     @rule(data=st.data(), tokens=st.integers(1, 3))
     def result(self, data: st.DataObject, tokens: int) -> None:
         turn = data.draw(st.sampled_from(self.sent or [1]))
-        under_way = self.scene.driver._under_way.get(turn)
+        under_way = self.scene.driver._ring.under_way.get(turn)
         position, count = (under_way.position, under_way.tokens) if under_way else (0, tokens)
         self.hear(
             Result(SESSION, self.scene.epoch, 2, 0, turn, position, count, "last", MODEL, str(CLASS), "", None, hidden(1)),
@@ -314,8 +316,8 @@ class DriverStates(RuleBasedStateMachine):
 
     @invariant()
     def credits_are_neither_lost_nor_made(self) -> None:
-        left = self.scene.driver._credits
-        under_way = self.scene.driver._under_way.values()
+        left = self.scene.driver._ring.credits
+        under_way = self.scene.driver._ring.under_way.values()
         assert 0 <= left.windows_free <= left.windows_granted
         assert left.windows_free + len(under_way) == left.windows_granted
         assert left.bytes_free + sum(turn.size_bytes for turn in under_way) == left.bytes_granted
