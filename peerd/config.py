@@ -1,7 +1,7 @@
 """What a daemon is told: flags, ``PEERD_*`` variables and an optional TOML file, checked once and frozen.
 
-Owns every option's name, form and sentence of refusal, and is the one file that reads the environment. Light: no torch, no asyncio, no
-network stack, since `peerd start` checks its flags here before the daemon's imports begin. A flag goes before a variable, a variable
+Owns every option's name, form and sentence of refusal, and is the one file that reads the environment. Light: no torch, no HTTP, no
+tokenizer, since `peerd start` checks its flags here before the daemon's imports begin. A flag goes before a variable, a variable
 before the file.
 """
 

@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from overlay.errors import PeerdError
-from peerd.generation import Delta, Done, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
+from peerd.generation import QUIET_S, Delta, Done, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
 from peerd.local_api import replies
 from peerd.local_api.errors import MalformedJson, RequestTooLarge, TooManyRequests
 from peerd.local_api.limits import BODY_BYTES_MAX, GENERATIONS_MAX
@@ -29,6 +29,31 @@ def json_response(document: dict[str, Any], status: int = 200) -> web.Response:
     """A JSON answer, text kept readable."""
     text = json.dumps(document, ensure_ascii=False)
     return web.Response(text=text, status=status, content_type="application/json")
+
+
+class EventStream:
+    """A streamed answer whose head is only sent with its first piece: until then an error can have a status of its own."""
+
+    def __init__(self, http: web.Request) -> None:
+        self._http = http
+        self._response = web.StreamResponse(headers=_STREAM_HEADERS)
+        self._response.enable_chunked_encoding()
+
+    @property
+    def begun(self) -> bool:
+        return self._response.prepared
+
+    async def send(self, piece: bytes) -> None:
+        """Send a piece; waits while the reader is slow. Raises ConnectionError when the reader is gone."""
+        if not self._response.prepared:
+            await self._response.prepare(self._http)
+        if piece:
+            await self._response.write(piece)
+
+    async def finish(self) -> web.StreamResponse:
+        """End the answer in good order."""
+        await self._response.write_eof()
+        return self._response
 
 
 class Completions:
@@ -68,14 +93,41 @@ class Completions:
             self._node.metrics.generations.dec()
 
     async def _answer(self, http: web.Request, request: CompletionRequest) -> web.StreamResponse:
-        model = await self._node.open_model(request.model)
-        now_s = self._node.wall_clock.now_s()
-        prompt = await asyncio.to_thread(encode_prompt, model, request.generation, now_s)
-        async with self._generation(model, request, prompt) as generation:
-            writer = replies.CompletionWriter(request, generation.session.hex(), int(now_s), model.name)
-            if request.stream:
-                return await self._streamed(http, writer, generation)
-            return await self._whole(writer, generation)
+        stream = EventStream(http) if request.stream else None
+        try:
+            model = await self._opened(request.model, stream)
+            now_s = self._node.wall_clock.now_s()
+            prompt = await asyncio.to_thread(encode_prompt, model, request.generation, now_s)
+            async with self._generation(model, request, prompt) as generation:
+                writer = replies.CompletionWriter(request, generation.session.hex(), int(now_s), model.name)
+                if stream is None:
+                    return await self._whole(writer, generation)
+                await self._streamed(writer, generation, stream)
+        except PeerdError as error:
+            if stream is None or not stream.begun:
+                raise
+            await stream.send(replies.failure(error))
+        assert stream is not None
+        return await stream.finish()
+
+    async def _opened(self, name: str | None, stream: EventStream | None) -> TextModel:
+        """The model, ready to be driven; a stream shows signs of life while its small parts are fetched."""
+        async with asyncio.TaskGroup() as group:
+            opening = group.create_task(self._open_outcome(name), name="open model")
+            while not (await asyncio.wait((opening,), timeout=QUIET_S))[0]:
+                if stream is not None:
+                    await stream.send(replies.KEEP_ALIVE)
+        outcome = opening.result()
+        if isinstance(outcome, PeerdError):
+            raise outcome
+        return outcome
+
+    async def _open_outcome(self, name: str | None) -> TextModel | PeerdError:
+        # As a value, since a task group would wrap the error in a group.
+        try:
+            return await self._node.open_model(name)
+        except PeerdError as error:
+            return error
 
     @asynccontextmanager
     async def _generation(
@@ -101,25 +153,11 @@ class Completions:
                 document = writer.whole("".join(text), token_ids, event)
         return json_response(document)
 
-    async def _streamed(
-        self, http: web.Request, writer: replies.CompletionWriter, generation: Generation
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_STREAM_HEADERS)
-        response.enable_chunked_encoding()
-        try:
-            async for event in generation:
-                piece = self._piece(writer, event)
-                if not response.prepared:
-                    await response.prepare(http)
-                    piece = writer.first() + piece
-                if piece:
-                    await response.write(piece)
-        except PeerdError as error:
-            if not response.prepared:
-                raise
-            await response.write(replies.failure(error))
-        await response.write_eof()
-        return response
+    async def _streamed(self, writer: replies.CompletionWriter, generation: Generation, stream: EventStream) -> None:
+        opening = writer.first()
+        async for event in generation:
+            await stream.send(opening + self._piece(writer, event))
+            opening = b""
 
     def _piece(self, writer: replies.CompletionWriter, event: Delta | Waiting | Quiet | Done) -> bytes:
         if isinstance(event, Delta):

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from overlay.errors import PeerdError
 from peerd.local_api import replies
@@ -53,6 +54,7 @@ async def serving(node: NodeView, socket_path: Path, owner_uid: int | None = Non
             api.application(),
             handle_signals=False,
             access_log=None,
+            logger=_http_log(),
             handler_cancellation=True,
             shutdown_timeout=STOP_GRACE_S,
             max_line_size=HEADER_LINE_BYTES_MAX,
@@ -65,6 +67,24 @@ async def serving(node: NodeView, socket_path: Path, owner_uid: int | None = Non
         finally:
             api.completions.cancel_all()
             await runner.cleanup()
+
+
+class _OneLine(logging.Filter):
+    """Bytes that are no HTTP are the sender's fault: a line in the log, not a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+            record.msg, record.args = "refused bytes on the local socket that are no HTTP", ()
+            record.exc_info = None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+def _http_log() -> logging.Logger:
+    logger = log.getChild("http")
+    if not logger.filters:
+        logger.addFilter(_OneLine())
+    return logger
 
 
 class LocalApi:
