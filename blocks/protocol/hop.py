@@ -322,8 +322,7 @@ class HopSession:
     def _fail(self, item: _Item, error: PeerdError) -> None:
         """A window could not be computed: what comes after it has nothing to stand on."""
         self._drop_windows()
-        self._forget_kv()
-        self._turn = item.turn
+        self._forget_kv(self._turn)
         self.complain(error, item.turn)
 
     def _pass_on(self, entry: Entry) -> None:
@@ -400,7 +399,7 @@ class HopSession:
         for item in (*self._running, *self._waiting):
             if item.turn == window.turn:
                 self._drop_windows()
-                self._forget_kv()
+                self._forget_kv(self._turn)
                 break
         index = self.order.hop_index
         if index == 0:
@@ -448,9 +447,10 @@ class HopSession:
         for item in self._running:
             item.stale = True
 
-    def _forget_kv(self) -> None:
+    def _forget_kv(self, last_turn: int = 0) -> None:
+        """Hold nothing; turns up to ``last_turn`` were accepted once and are not to be again."""
         self.journal.clear()
-        self._turn = 0
+        self._turn = last_turn
         self._emptied = 0
         self._end = 0
         self._applied_end = 0

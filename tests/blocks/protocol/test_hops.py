@@ -88,6 +88,7 @@ def test_a_failed_computation_is_the_drivers_to_know_and_nothing_stands_on_it() 
     scene.hops.job_done(JobResult(first, error=SessionFault("busy", "no memory", 1.0)), scene.now)
     assert errors(scene.poll()) == ["busy"]
     assert passed_on(scene.finish(second)) == []
+    assert jobs(scene.feed(scene.window(1))) == []  # no turn is accepted twice
     assert isinstance(said(scene.feed(scene.window(3, 2)))[0], Gap)
 
 
