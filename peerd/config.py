@@ -35,19 +35,6 @@ SOCKET_PATH_BYTES_MAX = 103 if sys.platform == "darwin" else 107
 AUTO = "auto"
 NONE = "none"
 
-_UNITS = {
-    "": 1,
-    "K": 1000,
-    "M": 1000**2,
-    "G": 1000**3,
-    "T": 1000**4,
-    "KI": 1 << 10,
-    "MI": 1 << 20,
-    "GI": 1 << 30,
-    "TI": 1 << 40,
-}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
-
 
 class ConfigError(PeerdError):
     """An option that can't be meant; the sentence names it and says what can."""
@@ -125,13 +112,13 @@ class _Option:
         return "PEERD_" + self.key.upper()
 
 
-def parse_size(text: str) -> int:
-    """Bytes of ``6GB``, ``512MiB`` or a plain number. Raises ConfigError."""
-    match = _SIZE.fullmatch(text.strip())
-    count = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if not 0 < count < 1 << 60:
-        raise ConfigError(f"{text[:40]!r} is no amount of memory; write it like 6GB or 512MiB.")
-    return count
+def _memory(text: str) -> int:
+    from blocks.sizing import InvalidSize, parse_size
+
+    try:
+        return parse_size(text)
+    except InvalidSize as error:
+        raise ConfigError(str(error)) from error
 
 
 def parse_address(text: str) -> str:
@@ -145,14 +132,6 @@ def parse_address(text: str) -> str:
     if not address.is_tcp:
         raise ConfigError(f"{text[:80]!r} is no TCP address; write it like /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...")
     return str(address)
-
-
-def parse_join(text: str) -> str:
-    """A multiaddr of a peer: it has to say who answers there. Raises ConfigError."""
-    address = parse_address(text)
-    if "/p2p/" not in address:
-        raise ConfigError(f"{text[:80]!r} doesn't say whom to expect there; it must end in /p2p/ and a peer id.")
-    return address
 
 
 def parse_blocks(text: str) -> str | Span:
@@ -198,14 +177,14 @@ def _text(text: str) -> str:
 _OPTIONS = (
     _Option("model", _text, "MODEL", "a model to serve: demo, a directory or a hub id; without it, what the network needs most", True),
     _Option("serve-blocks", parse_blocks, "BLOCKS", "which blocks to serve: auto (default), none, or a span like 0:4"),
-    _Option("join", parse_join, "MULTIADDR", "a peer of the network to join, as its `ready` line says", True),
+    _Option("join", parse_address, "MULTIADDR", "a peer of the network to join, as its `ready` line says", True),
     _Option("listen", parse_address, "MULTIADDR", "where to listen; default: all interfaces, on a port chosen once and kept", True),
     _Option("state-dir", _text, "DIR", "where identity and state are kept; the socket goes there, too"),
     _Option("socket", _text, "PATH", "the local API's Unix socket, in a directory that is only yours"),
     _Option("device", _device, "DEVICE", "auto (default), cpu or cuda:0"),
     _Option("dtype", _one_of(*DTYPES), "DTYPE", f"{', '.join(DTYPES)}; auto follows the model's other servers"),
     _Option("quant", _one_of(*QUANTS), "QUANT", f"{', '.join(QUANTS)}"),
-    _Option("max-memory", parse_size, "SIZE", "how much memory blocks may take, like 6GB"),
+    _Option("max-memory", _memory, "SIZE", "how much memory blocks may take, like 6GB"),
     _Option("max-blocks", _count(MAX_BLOCKS_MAX), "N", "how many blocks to serve at most"),
     _Option("torch-threads", _count(TORCH_THREADS_MAX), "N", "threads for computing; default: torch's own choice"),
     _Option("log-level", _one_of(*LOG_LEVELS), "LEVEL", f"{', '.join(LOG_LEVELS)} (default info)"),

@@ -33,7 +33,7 @@ class PromptTooLong(PeerdError):
     """The prompt, or the prompt and the tokens asked for, don't fit into the model's context."""
 
     code = "prompt-too-long"
-    exit_code = 50
+    exit_code = 60
     http_status = 400
     blame = Blame.USER
 
@@ -60,7 +60,7 @@ class Stopping(PeerdError):
     """The session was cancelled from this side: the daemon is on its way out."""
 
     code = "stopping"
-    exit_code = 55
+    exit_code = 62
     http_status = 503
     retryable = True
 

@@ -39,7 +39,7 @@ class RequestTooLarge(PeerdError):
     """The body is over its limit."""
 
     code = "request-too-large"
-    exit_code = 56
+    exit_code = 63
     http_status = 413
     blame = Blame.USER
 
@@ -73,7 +73,7 @@ class TooManyRequests(PeerdError):
     """More generations at once than this daemon takes."""
 
     code = "too-many-requests"
-    exit_code = 54
+    exit_code = 61
     http_status = 429
     retryable = True
 
@@ -82,7 +82,7 @@ class SocketPathError(PeerdError):
     """A path that can't be a Unix socket here."""
 
     code = "socket-path"
-    exit_code = 14
+    exit_code = 18
     http_status = 500
     blame = Blame.USER
 
@@ -91,7 +91,7 @@ class SocketDirectoryError(PeerdError):
     """The socket's directory isn't private to this user."""
 
     code = "socket-directory"
-    exit_code = 15
+    exit_code = 19
     http_status = 500
     blame = Blame.USER
 
@@ -100,7 +100,7 @@ class SocketInUse(PeerdError):
     """A live daemon already answers at the socket."""
 
     code = "socket-in-use"
-    exit_code = 11
+    exit_code = 17
     http_status = 500
     blame = Blame.USER
 

@@ -183,7 +183,7 @@ def test_blocks_that_nobody_serves_are_503_even_of_a_stream(client: Client, node
                 lambda: list(client.stream("/v1/completions", {"prompt": "x"}))):  # fmt: skip
         with pytest.raises(ApiError, match="blocks 4:8") as caught:
             ask()
-        assert (caught.value.http_status, caught.value.code, caught.value.exit_code) == (503, "blocks-unserved", 51)
+        assert (caught.value.http_status, caught.value.code, caught.value.exit_code) == (503, "blocks-unserved", 50)
 
 
 def test_a_failure_in_mid_stream_is_its_last_event(client: Client, node: ScriptedNode) -> None:
@@ -300,7 +300,7 @@ def test_an_unknown_model_is_404_and_a_missing_name_lists_them(node: ScriptedNod
     assert (caught.value.http_status, caught.value.exit_code) == (404, 40)
     with pytest.raises(ApiError, match="demo, org/other") as caught:
         client.complete("/v1/completions", {"prompt": "a"})
-    assert (caught.value.http_status, caught.value.exit_code) == (400, 48)
+    assert (caught.value.http_status, caught.value.exit_code) == (400, 54)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"nonsense", b'{"prompt": NaN', b"\xff\xfe", b"[" * 100000])

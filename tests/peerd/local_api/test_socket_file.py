@@ -28,7 +28,7 @@ def test_a_live_daemon_is_not_replaced(tmp_path: Path) -> None:
     with answering(ScriptedNode(), tmp_path / "run" / "s") as path:
         with pytest.raises(SocketInUse, match=r"already answers at .*`peerd stop`") as caught, listening_socket(path):
             pass
-        assert caught.value.exit_code == 11
+        assert caught.value.exit_code == 17
         assert Client(path).status()["state"] == "online"
 
 
