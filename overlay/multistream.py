@@ -45,6 +45,11 @@ class _Lines:
     def __init__(self) -> None:
         self.buffer = bytearray()
 
+    def check_header(self) -> None:
+        """What can't become the header is refused at its first wrong byte, not when a length that it isn't is full."""
+        if not HEADER_LINE.startswith(bytes(self.buffer[: len(HEADER_LINE)])):
+            raise ProtocolViolation("A peer speaks another negotiation than multistream 1.0.")
+
     def next_line(self) -> str | None:
         decoded = decode_varint(self.buffer[:3])
         if decoded is None:
@@ -79,14 +84,13 @@ class Initiator:
 
     def receive(self, data: bytes | memoryview) -> bool:
         self._lines.buffer += data
+        if self._state is _State.HEADER:
+            self._lines.check_header()
         while self._state is not _State.DONE:
             line = self._lines.next_line()
             if line is None:
                 return False
             if self._state is _State.HEADER:
-                if line != HEADER:
-                    self._state = _State.FAILED
-                    raise ProtocolViolation("A peer speaks another negotiation than multistream 1.0.")
                 self._state = _State.ANSWER
             elif line == self.protocol:
                 self._state = _State.DONE
@@ -115,15 +119,14 @@ class Responder:
 
     def receive(self, data: bytes | memoryview) -> bytes:
         self._lines.buffer += data
+        if self._state is _State.HEADER:
+            self._lines.check_header()
         out = b""
         while self.chosen is None:
             line = self._lines.next_line()
             if line is None:
                 break
             if self._state is _State.HEADER:
-                if line != HEADER:
-                    self._state = _State.FAILED
-                    raise ProtocolViolation("A peer speaks another negotiation than multistream 1.0.")
                 self._state = _State.ANSWER
                 out += HEADER_LINE
                 continue

@@ -1,0 +1,331 @@
+"""Hosts on real loopback sockets: streams both ways, ends of every kind, strangers and garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+
+import pytest
+
+from overlay import limits
+from overlay.connection import Connection
+from overlay.errors import (
+    ConnectionLost,
+    DialError,
+    PeerdError,
+    ProtocolRefused,
+    StreamClosed,
+    StreamReset,
+    UpgradeError,
+)
+from overlay.host import Host, HostConfig
+from overlay.multiaddr import Multiaddr
+from overlay.ping import PING
+from overlay.stream import Stream
+from tests.overlay.network import identity, run_hosts, until
+
+ECHO = "/test/echo/1"
+SINK = "/test/sink/1"
+MUTE = "/test/mute/1"
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.read():
+        await stream.write(data)
+    await stream.close_write()
+
+
+async def mute(stream: Stream) -> None:
+    await asyncio.Event().wait()
+
+
+async def sink(stream: Stream) -> None:
+    total = 0
+    while data := await stream.read():
+        total += len(data)
+    await stream.write(total.to_bytes(8, "big"))
+    await stream.close_write()
+
+
+def serve_all(*hosts: Host) -> None:
+    for host in hosts:
+        host.serve(ECHO, echo)
+        host.serve(SINK, sink)
+        host.serve(MUTE, mute)
+
+
+def test_what_is_written_comes_back_and_an_answer_may_follow_our_end() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, SINK, addresses=two.addresses)
+        await stream.write(bytes(100_000), bytes(23))
+        await stream.close_write()
+        assert int.from_bytes(await stream.read_exactly(8), "big") == 100_023
+        assert await stream.read() == b""
+
+    run_hosts(2, scene)
+
+
+def test_both_sides_writing_eight_mebibytes_on_sixteen_streams_at_once_all_finish() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(one, two)
+        data = os.urandom(1 << 20)
+
+        async def exchange(host: Host, peer: Host) -> None:
+            stream = await host.open_stream(peer.peer_id, ECHO, addresses=peer.addresses)
+
+            async def write() -> None:
+                for _ in range(8):
+                    await stream.write(data)
+                await stream.close_write()
+
+            async def read() -> None:
+                for _ in range(8):
+                    assert await stream.read_exactly(len(data)) == data
+
+            await asyncio.gather(write(), read())
+
+        await asyncio.gather(*(exchange(*pair) for _ in range(8) for pair in ((one, two), (two, one))))
+
+    run_hosts(2, scene, timeout_s=60)
+
+
+def test_a_peer_that_never_reads_blocks_its_own_stream_only() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stuck = await one.open_stream(two.peer_id, MUTE, addresses=two.addresses)
+        writing = asyncio.get_running_loop().create_task(stuck.write(bytes(40 << 20)))
+        lively = await one.open_stream(two.peer_id, ECHO)
+        for _ in range(20):
+            await lively.write(b"x" * 1000)
+            assert await lively.read_exactly(1000) == b"x" * 1000
+        assert not writing.done()
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        with pytest.raises(StreamReset):
+            await stuck.read()
+
+    run_hosts(2, scene)
+
+
+def test_identify_tells_protocols_and_simultaneous_dials_end_with_one_connection_each() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        await asyncio.gather(one.connect(two.peer_id, two.addresses), two.connect(one.peer_id, one.addresses))
+        await until(lambda: ECHO in one.protocols_of(two.peer_id))
+        initiators = {
+            host.peer_id if not connection.is_inbound else connection.remote_peer
+            for host, peer in ((one, two), (two, one))
+            if (connection := host.connection(peer.peer_id)) is not None
+        }
+        stream = await one.open_stream(two.peer_id, ECHO)
+        await stream.write(b"still here")
+        assert await stream.read_exactly(10) == b"still here"
+        assert len(initiators) == 1
+
+    run_hosts(2, scene)
+
+
+def test_a_service_that_comes_later_is_pushed() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        await one.connect(two.peer_id, two.addresses)
+        await until(lambda: PING in one.protocols_of(two.peer_id))
+        serve_all(two)
+        await until(lambda: ECHO in one.protocols_of(two.peer_id))
+
+    run_hosts(2, scene)
+
+
+def test_pings_are_answered() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        stream = await one.open_stream(two.peer_id, PING, addresses=two.addresses)
+        for _ in range(3):
+            nonce = os.urandom(32)
+            await stream.write(nonce)
+            assert await stream.read_exactly(32) == nonce
+        await stream.close_write()
+        assert await stream.read() == b""
+
+    run_hosts(2, scene)
+
+
+def test_an_unknown_protocol_is_refused_in_words() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        with pytest.raises(ProtocolRefused, match="/nobody/1"):
+            await one.open_stream(two.peer_id, "/nobody/1", addresses=two.addresses)
+
+    run_hosts(2, scene)
+
+
+def test_the_wrong_peer_a_dead_address_and_ourselves_are_refused() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        where = two.addresses[0].without_peer()
+        with pytest.raises(UpgradeError, match="somebody else"):
+            await one.connect(identity(9).peer_id, (where,))
+        with pytest.raises(DialError):
+            await one.connect(identity(8).peer_id, (Multiaddr.parse("/ip4/127.0.0.1/tcp/1"),))
+        with pytest.raises(DialError):
+            await one.connect(one.peer_id, one.addresses)
+        with pytest.raises(DialError):
+            await one.connect(identity(7).peer_id)
+
+    run_hosts(2, scene)
+
+
+def test_hosts_of_two_private_networks_do_not_meet() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        with pytest.raises(UpgradeError):
+            await one.connect(two.peer_id, two.addresses)
+
+    run_hosts(2, scene, configs={1: HostConfig(network_secret=b"a" * 32), 2: HostConfig(network_secret=b"b" * 32)})
+
+
+def test_everything_that_waits_wakes_when_the_connection_dies() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        reading = await one.open_stream(two.peer_id, MUTE, addresses=two.addresses)
+        writing = await one.open_stream(two.peer_id, MUTE)
+        loop = asyncio.get_running_loop()
+        waiting = [loop.create_task(reading.read()), loop.create_task(writing.write(bytes(40 << 20)))]
+        await until(lambda: one.connection(two.peer_id) is not None)
+        await asyncio.sleep(0)
+        connection = one.connection(two.peer_id)
+        assert connection is not None
+        connection.abort(ConnectionLost("pulled the plug"))
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [ConnectionLost, ConnectionLost]
+        again = await one.open_stream(two.peer_id, ECHO)
+        await again.write(b"anew")
+        assert await again.read_exactly(4) == b"anew"
+
+    run_hosts(2, scene)
+
+
+def test_a_stream_that_ends_early_says_so() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)
+        await stream.write(b"abc")
+        await stream.close_write()
+        with pytest.raises(StreamClosed):
+            await stream.read_exactly(4)
+
+    run_hosts(2, scene)
+
+
+def test_a_failing_handler_resets_its_stream_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(stream: Stream) -> None:
+        await stream.read(1)
+        raise RuntimeError("a bug")
+
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        two.serve("/test/fail/1", fail)
+        stream = await one.open_stream(two.peer_id, "/test/fail/1", addresses=two.addresses)
+        await stream.write(b"x")
+        with pytest.raises(StreamReset):
+            await stream.read()
+        lively = await one.open_stream(two.peer_id, ECHO)
+        await lively.write(b"y")
+        assert await lively.read(1) == b"y"
+
+    run_hosts(2, scene)
+    assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"GET / HTTP/1.1\r\n\r\n", bytes(4096), os.urandom(4096), b"\x13/multistream/1.0.0\n\x07/noise\n" + bytes(4000)],
+)
+def test_garbage_on_the_port_ends_that_connection_and_the_host_lives(junk: bytes) -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        where = two.addresses[0]
+        reader, writer = await asyncio.open_connection(where.host, where.port)
+        writer.write(junk)
+        await writer.drain()
+        await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        await writer.wait_closed()
+        stream = await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)
+        await stream.write(b"alive")
+        assert await stream.read_exactly(5) == b"alive"
+
+    run_hosts(2, scene)
+
+
+def test_junk_inside_the_secured_connection_ends_it_with_a_reason() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        connection = await one.connect(two.peer_id, two.addresses)
+        assert connection._sender is not None
+        assert connection._transport is not None
+        connection._transport.write(connection._sender.seal_framed(b"\xff" * 64))
+        await connection.wait_closed()
+        assert connection.error is not None
+        again = await one.connect(two.peer_id, two.addresses)
+        assert again.is_open
+
+    run_hosts(2, scene)
+
+
+def test_a_handshake_that_takes_too_long_is_dropped() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        where = two.addresses[0]
+        reader, writer = await asyncio.open_connection(where.host, where.port)
+        await until(lambda: len(two._upgrading) == 1)
+        now = two.ports.clock.now()
+        two.maintain(now + limits.UPGRADE_TIMEOUT_S + 1)
+        assert two._upgrading == {}
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+
+    run_hosts(2, scene)
+
+
+def test_a_silent_connection_is_pinged_and_then_given_up() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        connection = await one.connect(two.peer_id, two.addresses)
+        now = one.ports.clock.now()
+        await until(lambda: connection.session.ping_sent_at is None)
+        one.maintain(now + limits.PING_IDLE_S + 1)
+        assert connection.session.ping_sent_at is not None
+        one.maintain(connection.last_received + limits.SILENT_DEAD_S + 1)
+        assert isinstance(connection.error, ConnectionLost)
+
+    run_hosts(2, scene)
+
+
+async def use_another(one: Host, two: Host) -> None:
+    extra = await one.open_stream(two.peer_id, MUTE)
+    await extra.write(b"x")
+    await extra.read()
+
+
+def test_too_many_streams_of_one_protocol_are_reset() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        two.serve(MUTE, mute, max_inbound_per_peer=3)
+        streams = [await one.open_stream(two.peer_id, MUTE, addresses=two.addresses) for _ in range(3)]
+        with pytest.raises(PeerdError):
+            await use_another(one, two)
+        assert all(stream.error is None for stream in streams)
+
+    run_hosts(2, scene)
+
+
+def test_a_closed_host_leaves_no_socket_behind() -> None:
+    def open_files() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)
+        await stream.write(b"x")
+        assert isinstance(one.connection(two.peer_id), Connection)
+
+    run_hosts(2, scene)
+    before = open_files()
+    run_hosts(2, scene)
+    assert open_files() <= before
