@@ -47,13 +47,13 @@ def dispatch(prog: str, description: str, commands: Mapping[str, Command], argum
     name = parser.parse_args(arguments[:1] or ["--help"]).command
     if name not in commands:
         parser.error(f"there is no command {name[:40]!r}; there are {', '.join(commands)}.")
-    module = cast(CommandModule, importlib.import_module(commands[name].module))
-    return guarded(module, f"{prog} {name}", arguments[1:])
+    return _guarded(commands[name], f"{prog} {name}", arguments[1:])
 
 
-def guarded(module: CommandModule, prog: str, arguments: Sequence[str]) -> int:
+def _guarded(command: Command, prog: str, arguments: Sequence[str]) -> int:
     """Run a subcommand; every way out is an exit code, and no traceback is for people."""
     try:
+        module = cast(CommandModule, importlib.import_module(command.module))
         code = module.run(prog, arguments)
         sys.stdout.flush()
     except ClientError as error:

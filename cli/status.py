@@ -11,6 +11,7 @@ from typing import Any
 from cli.connection import add_connection_flags, client_for
 from cli.terminal import GREEN, RED, YELLOW, coloured, shown, wants_colour
 from peerd import exit_codes
+from peerd.client import BadAnswer
 
 COLOURS = {"online": GREEN, "joining": YELLOW, "draining": RED}
 
@@ -27,9 +28,16 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     if flags.json:
         print(json.dumps(status, indent=2, ensure_ascii=False))
     else:
-        for line in lines(status, wants_colour(sys.stdout)):
-            print(line)
+        print(drawn(lines(status, wants_colour(sys.stdout))))
     return exit_codes.OK
+
+
+def drawn(drawing: Iterator[str]) -> str:
+    """The lines as one text. Raises BadAnswer when the daemon's answer lacks what they show."""
+    try:
+        return "\n".join(drawing)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadAnswer("The daemon's answer is not as expected; is it of another version? --json shows it.") from error
 
 
 def lines(status: dict[str, Any], colour: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cli.connection import add_connection_flags, client_for
-from cli.status import COLOURS
+from cli.status import COLOURS, drawn
 from cli.terminal import DIM, RED, can_draw, coloured, shown, wants_colour
 from peerd import exit_codes
 
@@ -44,9 +44,8 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         print(json.dumps(swarm, indent=2, ensure_ascii=False))
         return exit_codes.OK
     width = max(BAR_CHARS_MIN, shutil.get_terminal_size().columns - LABEL_CHARS)
-    drawn = ("█", "▒", "·") if can_draw(sys.stdout) else ("#", "+", ".")
-    for line in lines(swarm, Style(wants_colour(sys.stdout), *drawn, width)):
-        print(line)
+    cells = ("█", "▒", "·") if can_draw(sys.stdout) else ("#", "+", ".")
+    print(drawn(lines(swarm, Style(wants_colour(sys.stdout), *cells, width))))
     return exit_codes.OK
 
 

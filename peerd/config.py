@@ -116,9 +116,12 @@ def _memory(text: str) -> int:
     from blocks.sizing import InvalidSize, parse_size
 
     try:
-        return parse_size(text)
+        size = parse_size(text)
     except InvalidSize as error:
         raise ConfigError(str(error)) from error
+    if size == 0:
+        raise ConfigError(f"{text[:40]!r} is no memory at all; to serve nothing, write --serve-blocks none.")
+    return size
 
 
 def parse_address(text: str) -> str:

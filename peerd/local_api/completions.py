@@ -15,12 +15,13 @@ from typing import Any
 from aiohttp import web
 
 from overlay.errors import PeerdError
-from peerd.generation import QUIET_S, Delta, Done, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
+from peerd.generation import QUIET_S, Delta, Done, Event, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
 from peerd.local_api import replies
 from peerd.local_api.errors import MalformedJson, RequestTooLarge, TooManyRequests
 from peerd.local_api.limits import BODY_BYTES_MAX, GENERATIONS_MAX
 from peerd.local_api.node_view import NodeView
 from peerd.local_api.parameters import SEED_BITS, CompletionRequest, parse_completion
+from peerd.metrics import Metrics
 
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
@@ -94,15 +95,17 @@ class Completions:
 
     async def _answer(self, http: web.Request, request: CompletionRequest) -> web.StreamResponse:
         stream = EventStream(http) if request.stream else None
+        started = asyncio.get_running_loop().time()
         try:
             model = await self._opened(request.model, stream)
             now_s = self._node.wall_clock.now_s()
             prompt = await asyncio.to_thread(encode_prompt, model, request.generation, now_s)
             async with self._generation(model, request, prompt) as generation:
                 writer = replies.CompletionWriter(request, generation.session.hex(), int(now_s), model.name)
+                seen = _Seen(self._node.metrics, model.name, started)
                 if stream is None:
-                    return await self._whole(writer, generation)
-                await self._streamed(writer, generation, stream)
+                    return await self._whole(writer, generation, seen)
+                await self._streamed(writer, generation, seen, stream)
         except PeerdError as error:
             if stream is None or not stream.begun:
                 raise
@@ -140,40 +143,57 @@ class Completions:
             finally:
                 del self._running[id(generation)]
 
-    async def _whole(self, writer: replies.CompletionWriter, generation: Generation) -> web.Response:
+    async def _whole(self, writer: replies.CompletionWriter, generation: Generation, seen: _Seen) -> web.Response:
         text: list[str] = []
         token_ids: list[int] = []
         document: dict[str, Any] = {}
         async for event in generation:
+            seen.note(event)
             if isinstance(event, Delta):
                 text.append(event.text)
                 token_ids += event.token_ids
             elif isinstance(event, Done):
-                self._record(writer.model, event)
                 document = writer.whole("".join(text), token_ids, event)
         return json_response(document)
 
-    async def _streamed(self, writer: replies.CompletionWriter, generation: Generation, stream: EventStream) -> None:
+    async def _streamed(
+        self, writer: replies.CompletionWriter, generation: Generation, seen: _Seen, stream: EventStream
+    ) -> None:
         opening = writer.first()
         async for event in generation:
-            await stream.send(opening + self._piece(writer, event))
+            seen.note(event)
+            await stream.send(opening + _piece(writer, event))
             opening = b""
 
-    def _piece(self, writer: replies.CompletionWriter, event: Delta | Waiting | Quiet | Done) -> bytes:
-        if isinstance(event, Delta):
-            return writer.delta(event)
-        if isinstance(event, Waiting):
-            return replies.comment(event)
-        if isinstance(event, Quiet):
-            return replies.KEEP_ALIVE
-        self._record(writer.model, event)
-        return writer.done(event)
 
-    def _record(self, model: str, done: Done) -> None:
-        metrics = self._node.metrics
-        metrics.prompt_tokens.labels(model).inc(done.prompt_tokens)
-        metrics.generated_tokens.labels(model).inc(done.completion_tokens)
-        metrics.replays.labels(model).inc(done.replays)
+def _piece(writer: replies.CompletionWriter, event: Event) -> bytes:
+    if isinstance(event, Delta):
+        return writer.delta(event)
+    if isinstance(event, Waiting):
+        return replies.comment(event)
+    if isinstance(event, Quiet):
+        return replies.KEEP_ALIVE
+    return writer.done(event)
+
+
+class _Seen:
+    """Turns the events of one generation into the node's figures."""
+
+    def __init__(self, metrics: Metrics, model: str, started: float) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._started = started
+        self._began = False
+
+    def note(self, event: Event) -> None:
+        metrics, model = self._metrics, self._model
+        if isinstance(event, Delta) and not self._began:
+            self._began = True
+            metrics.first_token_s.observe(asyncio.get_running_loop().time() - self._started)
+        elif isinstance(event, Done):
+            metrics.prompt_tokens.labels(model).inc(event.prompt_tokens)
+            metrics.generated_tokens.labels(model).inc(event.completion_tokens)
+            metrics.replays.labels(model).inc(event.replays)
 
 
 async def _json_body(http: web.Request) -> dict[str, Any]:
@@ -187,6 +207,16 @@ async def _json_body(http: web.Request) -> dict[str, Any]:
         raise MalformedJson(
             f'The request\'s body is not JSON{where}; send an object like {{"prompt": "Hello"}}.'
         ) from error
+    if b"\\ud" in raw.lower() and not _is_text(document):
+        raise MalformedJson("The request's text has half of a surrogate pair, which is no character.")
     if not isinstance(document, dict):
         raise MalformedJson("The request's body must be a JSON object.")
     return document
+
+
+def _is_text(document: object) -> bool:
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

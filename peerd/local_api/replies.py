@@ -13,6 +13,7 @@ from peerd.local_api.node_view import Status, SwarmModel
 from peerd.local_api.parameters import CompletionRequest
 
 KEEP_ALIVE = b": \n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 STREAM_END = b"data: [DONE]\n\n"
 
 
@@ -83,7 +84,7 @@ class CompletionWriter:
 
 def event(document: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(document).encode() + b"\n\n"
 
 
 def comment(waiting: Waiting) -> bytes:

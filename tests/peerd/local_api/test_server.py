@@ -233,6 +233,8 @@ def test_metrics_count_requests_and_tokens(client: Client) -> None:
     text = client.metrics()
     assert f'peerd_generated_tokens_total{{model="demo"}} {float(len(says(TEXT)))}' in text
     assert 'peerd_requests_total{path="/v1/completions",status="200"} 1.0' in text
+    assert "peerd_first_token_seconds_count 1.0" in text
+    assert "peerd_generations 0.0" in text
     assert 'peerd_info{peer_id="12D3KooWtest",version="0.0-test"} 1.0' in text
 
 
@@ -308,6 +310,14 @@ def test_malformed_json_is_400(client: Client, body: bytes) -> None:
     status, document = post(client.socket_path, "/v1/completions", body)
     assert (status, document["error"]["code"]) == (400, "malformed-json")
     assert document["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("field", ["prompt", "model", "user"])
+def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_not(client: Client, field: str) -> None:
+    body = {"prompt": "a", field: "\ud83e"}
+    status, document = post(client.socket_path, "/v1/completions", json.dumps(body).encode())
+    assert (status, document["error"]["code"]) == (400, "malformed-json")
+    assert client.complete("/v1/completions", {"prompt": "\U0001f98a"})["choices"][0]["text"] == TEXT
 
 
 def test_not_a_number_is_refused_as_a_setting(client: Client) -> None:
