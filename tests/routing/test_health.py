@@ -1,0 +1,41 @@
+"""Blame: whose it is, how long it lasts, and that our own never counts."""
+
+from __future__ import annotations
+
+from overlay.errors import Blame
+from routing.health import BACKOFF_MAX_S, BACKOFF_MIN_S, Fault, Health, fault_of
+
+
+def test_back_off_doubles_to_its_end_and_success_forgives() -> None:
+    health, now = Health(), 0.0
+    lengths = []
+    for _ in range(12):
+        health.blame(b"p", Fault.UNREACHABLE, now)
+        length = BACKOFF_MIN_S
+        while health.is_avoided(b"p", now + length):
+            length *= 2
+        lengths.append(length)
+        now += length
+    assert lengths[:4] == [1.0, 2.0, 4.0, 8.0]
+    assert BACKOFF_MAX_S <= lengths[-1] <= 2 * BACKOFF_MAX_S
+    health.blame(b"p", Fault.SLOW, now)
+    health.forgive(b"p")
+    assert not health.is_avoided(b"p", now)
+
+
+def test_an_edge_is_blamed_in_both_directions_and_neither_end_is() -> None:
+    health = Health()
+    health.blame(b"a", Fault.EDGE, 0.0, b"b")
+    assert health.is_edge_avoided(b"a", b"b", 0.5)
+    assert health.is_edge_avoided(b"b", b"a", 0.5)
+    assert not health.is_avoided(b"a", 0.5)
+    assert not health.is_avoided(b"b", 0.5)
+
+
+def test_our_own_faults_and_the_users_count_against_nobody() -> None:
+    assert fault_of("conflict", Blame.US) is None
+    assert fault_of("bad-request", Blame.USER) is None
+    assert fault_of("edge-lost", Blame.EDGE) is Fault.EDGE
+    assert fault_of("silent", Blame.PEER) is Fault.UNREACHABLE
+    assert fault_of("bad-signature", Blame.PEER) is Fault.PROTOCOL
+    assert fault_of("something-new", Blame.NETWORK) is Fault.UNREACHABLE
