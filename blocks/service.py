@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
@@ -28,7 +28,7 @@ from blocks.protocol.commands import (
     SendNext,
     Submit,
 )
-from blocks.protocol.device import Device, JobResult
+from blocks.protocol.device import Device, JobResult, LeaseKey, SpanJob
 from blocks.protocol.hops import Hops
 from blocks.session_directory import SessionDirectory
 from overlay.errors import DialError, PeerdError, ProtocolViolation
@@ -134,14 +134,24 @@ class _EdgeEars:
 
 
 class SpanService:
-    """``async with SpanService(...)``; see the module."""
+    """``async with SpanService(...)``; see the module. ``lease_used`` hears of every window computed for a lease."""
 
-    def __init__(self, host: Host, device: Device, hops: Hops, directory: SessionDirectory, clock: Clock) -> None:
+    def __init__(
+        self,
+        host: Host,
+        device: Device,
+        hops: Hops,
+        directory: SessionDirectory,
+        clock: Clock,
+        *,
+        lease_used: Callable[[LeaseKey], None] | None = None,
+    ) -> None:
         self._host = host
         self._device = device
         self._hops = hops
         self._directory = directory
         self._clock = clock
+        self._lease_used = lease_used
         self._self_peer = host.peer_id.multihash
         self._edges: dict[EdgeKey, _Edge] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -262,6 +272,8 @@ class SpanService:
 
     def _job_done(self, result: JobResult) -> None:
         if not self._stopped:
+            if self._lease_used is not None and isinstance(result.job, SpanJob):
+                self._lease_used(result.job.lease)
             self._hops.job_done(result, self._clock.now())
             self._execute()
 

@@ -74,6 +74,10 @@ class KvAdmission:
         window_bytes = min(WINDOW_BYTES_MAX, max(WINDOW_BYTES_MIN, WINDOW_TOKENS * offer.width * DTYPE_BYTES[dtype]))
         return Grant(offer.key, WINDOWS, window_bytes, ROLLBACK_TOKENS, offer.width, dtype)
 
+    def touch(self, lease: LeaseKey) -> None:
+        """A lease works: it isn't idle, so it isn't dropped for another's sake."""
+        self.budget.touch(lease, self._clock.now())
+
     def release(self, lease: LeaseKey) -> None:
         """See `Admission.release`."""
         self.budget.release(lease)

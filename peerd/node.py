@@ -73,7 +73,8 @@ class Node:
         self._hops = Hops(settings, self._models.admission, device)
         self._models.admission.hops = self._hops
         self._directory = SessionDirectory()
-        self._service = SpanService(self._host, device, self._hops, self._directory, ports.clock)
+        touch = self._models.admission.touch
+        self._service = SpanService(self._host, device, self._hops, self._directory, ports.clock, lease_used=touch)
         self._pool: DecoderPool | None = None
 
     # --- life ---

@@ -11,6 +11,7 @@ import pytest
 
 from blocks.engine.inline import InlineDevice
 from blocks.model.exact import Reference
+from blocks.protocol.device import LeaseKey
 from blocks.sampling_params import SamplingParams
 from blocks.service import DATA_PROTOCOL, SESSION_PROTOCOL
 from overlay.errors import PeerdError
@@ -188,3 +189,15 @@ def test_a_session_leaves_nothing_behind(directory: Path) -> None:
         await until(lambda: not server.service._edges)
 
     play(directory, scene)
+
+
+def test_every_window_tells_which_lease_works(directory: Path) -> None:
+    used: list[LeaseKey] = []
+
+    async def scene(stage: Scene) -> None:
+        stage.server.service._lease_used = used.append
+        await stage.decode()
+
+    play(directory, scene)
+    assert len(used) == NEW
+    assert len(set(used)) == 1
