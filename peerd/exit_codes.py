@@ -40,6 +40,7 @@ BY_ERROR_CODE = {
     "cache-full": 47,
     "blocks-unserved": 50,
     "blocks-pending": 51,
+    "model-pending": 52,
     "model-required": 54,
     "model-unavailable": 55,
     "prompt-too-long": 60,

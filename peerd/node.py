@@ -18,7 +18,7 @@ from blocks.protocol.hops import Hops, HopSettings
 from blocks.service import SpanService
 from blocks.session_directory import SessionDirectory
 from overlay.dht.node import Dht, DhtConfig
-from overlay.errors import PeerdError
+from overlay.errors import Blame, PeerdError
 from overlay.host import Host, HostConfig
 from overlay.identity import Identity, PeerId
 from overlay.multiaddr import Multiaddr
@@ -33,7 +33,7 @@ from peerd.local_api.server import serving
 from peerd.metrics import Metrics
 from peerd.models import Drivable, ModelHost
 from peerd.store import FileStorage, load_known_peers, load_port, next_incarnation, save_known_peers, save_port
-from peerd.swarm import Swarm
+from peerd.swarm import KnownModel, Swarm, UnknownModel
 from peerd.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,17 @@ JOIN_RETRY_MIN_S = 1.0
 JOIN_RETRY_MAX_S = 30.0
 SAVE_PEERS_S = 60.0
 BOOT_ID_BYTES = 16
+
+
+class ModelPending(PeerdError):
+    """The model isn't known, but may soon be: this node still joins its network, or loads what it is to serve."""
+
+    code = "model-pending"
+    exit_code = 52
+    http_status = 503
+    retryable = True
+    blame = Blame.NETWORK
+
 
 Ready = Callable[["Node"], None]
 
@@ -61,6 +72,7 @@ class Node:
         self._stop_now = asyncio.Event()
         self._draining = False
         self._joined = False
+        self._serving = False
         self.identity = Identity.load_or_create(storage, ports.randomness)
         self.metrics = Metrics(VERSION, str(self.identity.peer_id))
         self._host = Host(self.identity, ports, HostConfig(agent=f"peerd/{VERSION}"))
@@ -116,7 +128,7 @@ class Node:
                     self._stop.wait(),
                     self._swarm.run(),
                     self._join(tuple(Multiaddr.parse(text) for text in join)),
-                    self._models.serve_configured(new_network=new_network),
+                    self._serve(new_network=new_network),
                     self._remember_peers(),
                 )
             ]
@@ -127,6 +139,10 @@ class Node:
                 for task in done & endless:
                     endless.discard(task)
                     task.result()
+
+    async def _serve(self, *, new_network: bool) -> None:
+        await self._models.serve_configured(new_network=new_network)
+        self._serving = True
 
     async def _listen(self) -> None:
         """The addresses that were given, or all interfaces on a port chosen once and kept."""
@@ -252,7 +268,7 @@ class Node:
             known = self._swarm.resolve_name(name)
         except PeerdError:
             await self._swarm.refresh()
-            known = self._swarm.resolve_name(name)
+            known = self._resolve(name)
         drivable = await self._models.drivable(known)
         return TextModel(
             self._swarm.name_of(known.manifest.model),
@@ -260,6 +276,15 @@ class Node:
             drivable.driver.max_positions,
             functools.partial(self._start, drivable),
         )
+
+    def _resolve(self, name: str | None) -> KnownModel:
+        try:
+            return self._swarm.resolve_name(name)
+        except UnknownModel as error:
+            if self._joined and self._serving:
+                raise
+            doing = "loads its models" if self._joined else "looks for its network"
+            raise ModelPending(f"{error} This daemon still {doing}.") from error
 
     def _start(self, drivable: Drivable, request: DecodeRequest, listener: DecodeListener) -> Decode:
         assert self._pool is not None

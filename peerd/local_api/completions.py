@@ -18,7 +18,7 @@ from overlay.errors import PeerdError
 from peerd.generation import QUIET_S, Delta, Done, Event, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
 from peerd.local_api import replies
 from peerd.local_api.errors import MalformedJson, RequestTooLarge, TooManyRequests
-from peerd.local_api.limits import BODY_BYTES_MAX, GENERATIONS_MAX
+from peerd.local_api.limits import BODY_BYTES_MAX, GENERATIONS_MAX, OPEN_RETRY_S
 from peerd.local_api.node_view import NodeView
 from peerd.local_api.parameters import SEED_BITS, CompletionRequest, parse_completion
 from peerd.metrics import Metrics
@@ -97,7 +97,7 @@ class Completions:
         stream = EventStream(http) if request.stream else None
         started = asyncio.get_running_loop().time()
         try:
-            model = await self._opened(request.model, stream)
+            model = await self._opened(request, stream)
             now_s = self._node.wall_clock.now_s()
             prompt = await asyncio.to_thread(encode_prompt, model, request.generation, now_s)
             async with self._generation(model, request, prompt) as generation:
@@ -113,17 +113,31 @@ class Completions:
         assert stream is not None
         return await stream.finish()
 
-    async def _opened(self, name: str | None, stream: EventStream | None) -> TextModel:
-        """The model, ready to be driven; a stream shows signs of life while its small parts are fetched."""
+    async def _opened(self, request: CompletionRequest, stream: EventStream | None) -> TextModel:
+        """The model, ready to be driven.
+
+        Waits as long as the request allows where waiting can help (the node still joins, or loads); a stream shows it.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + request.generation.wait_s
+        while True:
+            outcome = await self._open_once(request.model, stream)
+            if isinstance(outcome, TextModel):
+                return outcome
+            if not outcome.retryable or self._stopping or loop.time() >= deadline:
+                raise outcome
+            if stream is not None:
+                await stream.send(replies.comment(Waiting("waiting", str(outcome))))
+            await asyncio.sleep(OPEN_RETRY_S)
+
+    async def _open_once(self, name: str | None, stream: EventStream | None) -> TextModel | PeerdError:
+        """One try; a stream gets signs of life while the model's small parts are fetched."""
         async with asyncio.TaskGroup() as group:
             opening = group.create_task(self._open_outcome(name), name="open model")
             while not (await asyncio.wait((opening,), timeout=QUIET_S))[0]:
                 if stream is not None:
                     await stream.send(replies.KEEP_ALIVE)
-        outcome = opening.result()
-        if isinstance(outcome, PeerdError):
-            raise outcome
-        return outcome
+        return opening.result()
 
     async def _open_outcome(self, name: str | None) -> TextModel | PeerdError:
         # As a value, since a task group would wrap the error in a group.

@@ -13,5 +13,7 @@ DEFAULT_WAIT_S = 60.0
 MODEL_NAME_CHARS_MAX = 512
 NAME_CHARS_MAX = 80
 """Of a field's name or value, when an error quotes it."""
+OPEN_RETRY_S = 0.25
+"""Between two tries to open a model that isn't known yet."""
 STOP_GRACE_S = 5.0
 """How long answers under way may take to hear that the daemon stops."""

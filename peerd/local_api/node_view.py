@@ -96,7 +96,8 @@ class NodeView(Protocol):
         """Find a model by name (None: the only one there is) and make it ready to be driven; may fetch its small parts.
 
         Raises:
-            PeerdError: ``unknown-model`` (404), ``model-required`` (400, lists the names), or why it can't be driven.
+            PeerdError: ``unknown-model`` (404), ``model-required`` (400, lists the names), or why it can't be driven. A retryable
+                one (the node still joins, or loads its own models) is tried again for as long as the request may wait.
         """
 
     def request_stop(self) -> None:

@@ -156,6 +156,7 @@ class ScriptedNode:
     codec: TextCodec = field(default_factory=demo_codec)
     on_stop: Callable[[], None] = lambda: None
     broken: bool = False
+    pending_opens: int = 0
 
     def __post_init__(self) -> None:
         self.metrics = Metrics("0.0-test", "12D3KooWtest")
@@ -204,6 +205,9 @@ class ScriptedNode:
         return tuple(SwarmModel(MODEL_ID, name, 12, "none/float32/sdpa/1", servers) for name in self.names)
 
     async def open_model(self, name: str | None) -> TextModel:
+        if self.pending_opens:
+            self.pending_opens -= 1
+            raise Pending("No model is known yet.")
         if name is None and len(self.names) != 1:
             raise ModelRequired(f"Say which model; there are {', '.join(self.names)}.")
         if name is not None and name not in self.names:

@@ -177,6 +177,23 @@ def test_what_is_waited_for_is_told_as_a_comment(client: Client, node: ScriptedN
     assert events[-1]["peerd"]["replays"] == 1
 
 
+def test_a_model_that_is_not_known_yet_is_waited_for(client: Client, node: ScriptedNode) -> None:
+    node.pending_opens = 2
+    comments: list[str] = []
+    events = list(client.stream("/v1/completions", {"prompt": "x"}, comments.append))
+    assert comments == ["waiting No model is known yet."] * 2
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == TEXT
+    node.pending_opens = 1
+    assert client.complete("/v1/completions", {"prompt": "x"})["choices"][0]["text"] == TEXT
+
+
+def test_waiting_for_a_model_ends_with_the_request_s_patience(client: Client, node: ScriptedNode) -> None:
+    node.pending_opens = 10
+    with pytest.raises(ApiError, match="No model is known yet") as caught:
+        client.complete("/v1/completions", {"prompt": "x", "timeout": 0})
+    assert (caught.value.http_status, node.pending_opens) == (503, 9)
+
+
 def test_blocks_that_nobody_serves_are_503_even_of_a_stream(client: Client, node: ScriptedNode) -> None:
     node.script = [Fail(Unserved("Nobody serves blocks 4:8 of demo."))]
     for ask in (lambda: client.complete("/v1/completions", {"prompt": "x"}),
