@@ -1,38 +1,67 @@
-"""Bounds of the DHT, all ours to choose."""
+"""Bounds of the DHT. Those of Kademlia's design stand first, the rest was chosen."""
 
 from __future__ import annotations
 
+# --- Kademlia, with SHA-256 ids ---
+ID_BYTES = 32
+ID_BITS = 256
 KSIZE = 20
-ALPHA = 5
-KEY_BYTES = 32
-SUBKEY_BYTES_MAX = 64
+SPLIT_EVERY = 5
+"""Buckets outside our own range are split until their depth is a multiple of this (Kademlia, section 4.2)."""
+
+# --- records ---
+KEY_BYTES_MAX = 128
+SUBKEY_BYTES_MAX = 128
 VALUE_BYTES_MAX = 16 << 10
-TTL_S_MAX = 3600.0
-RECORDS_PER_KEY = 256
-RECORDS_PER_PUBLISHER = 1024
-RECORDS_PER_GROUP = 64
-"""Of one key, from one address group (/24 or /48): a full key keeps by diversity, then by age."""
+TTL_S_MAX = 3600
+SEQUENCE_MAX = 2**63 - 1
+RECORD_BYTES_MAX = VALUE_BYTES_MAX + 1024
+
+# --- what a holder keeps ---
+RECORDS_PER_KEY_MAX = 256
+RECORDS_PER_PUBLISHER_MAX = 1024
 STORE_BYTES_MAX = 64 << 20
-STORES_PER_PEER_MINUTE = 600
-PEERS_COUNTED = 4096
-RECORDS_PER_CALL = 64
-RECORDS_PER_ANSWER = 256
-ANSWER_BYTES_MAX = 8 << 20
+RECORD_OVERHEAD_BYTES = 512
+"""Counted for each record on top of its fields: what Python needs to hold it."""
+STORES_PER_PEER_PER_MINUTE = 100
+PEERS_RATED_MAX = 4096
 
-CONTACTS_PER_GROUP_BUCKET = 2
-CONTACTS_PER_GROUP_TABLE = 10
-CONTACT_ADDRESSES_MAX = 8
-BUCKETS_MAX = 256
-HEAP_NODES_MAX = 512
+# --- what we publish ---
+PUBLISHED_MAX = 512
+REPUBLISH_RETRY_S = 5.0
+"""When nobody took a record."""
+
+# --- the table ---
+CONTACTS_PER_GROUP_AND_BUCKET = 2
+CONTACTS_PER_GROUP = 10
+BUCKETS_MAX = 512
+ADDRESSES_PER_CONTACT = 8
+CONSIDERED_AT_ONCE = 16
+REFUSED_REMEMBERED_S = 30.0
+REFUSED_REMEMBERED_MAX = 1024
+FAILURES_MAX = 2
+"""A contact leaves the table after so many unanswered requests in a row (at once when it can't be dialled)."""
+
+# --- lookups ---
+ALPHA = 5
 LOOKUP_RPCS_MAX = 200
-LOOKUP_TIMEOUT_S = 10.0
-RPC_TIMEOUT_S = 2.0
-RPC_TIMEOUT_MIN_S = 0.5
-RPC_RTTS = 6
-FAILURES_TO_FORGET = 2
+LOOKUP_S = 10.0
+CANDIDATES_MAX = 400
+CORRECTED_HOLDERS_MAX = 3
+CORRECTED_RECORDS_MAX = 16
+FOREIGN_CHECKS_AT_ONCE = 8
 
-REFRESH_S = 300.0
-EXPIRY_TICK_S = 1.0
-REPUBLISH_RETRY_S = 2.0
-PUBLICATIONS_MAX = 4096
-"""What this node itself publishes."""
+# --- calls ---
+MESSAGE_BYTES_MAX = RECORDS_PER_KEY_MAX * RECORD_BYTES_MAX + (64 << 10)
+STORE_RECORDS_MAX = 100
+RPC_TIMEOUT_MIN_S = 0.5
+RPC_TIMEOUT_MAX_S = 2.0
+RPC_DIAL_TIMEOUT_S = 3.0
+
+# --- upkeep ---
+UPKEEP_S = 1.0
+SELF_LOOKUP_S = 300.0
+SELF_LOOKUP_LONELY_S = 10.0
+"""While the table holds fewer than `KSIZE` contacts."""
+BUCKET_REFRESH_S = 900.0
+REMEMBERED_MAX = 64

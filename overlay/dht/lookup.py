@@ -1,146 +1,139 @@
-"""Continuous iterative lookups on `kademlia`'s crawl base: alpha calls always under way, exact ends, bounded in every way.
+"""Lookups: kademlia's crawl with `ALPHA` requests always in flight instead of rounds that wait for the slowest.
 
-Replaces the rounds of `SpiderCrawl._find` (a round waits for its slowest member) and keeps its heap and constructor. Answers are
-validated entry by entry before they get here; a lookup ends when the k closest known have answered, or at a bound.
+Ends when the k closest candidates answered, or at a cap of requests or seconds; returns what it has then. Knows no wire:
+``protocol`` gives validated answers and never raises.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from kademlia.crawling import SpiderCrawl
-from kademlia.node import NodeHeap
+from kademlia.node import Node
 
 from overlay.dht import limits
-from overlay.dht.records import Record, merge_records
-from overlay.dht.table import Contact, Target
+from overlay.dht.records import Record, RecordName, merge
+from overlay.dht.table import CandidateHeap, Contact
 
 
+@dataclass(frozen=True, slots=True)
 class Found:
-    """What one peer answered: closer contacts, and records when they were asked for."""
+    """A validated answer: nodes nearer to the target, and what the peer holds under the key."""
 
-    __slots__ = ("contacts", "records")
-
-    def __init__(self, contacts: list[Contact], records: tuple[Record, ...] = ()) -> None:
-        self.contacts = contacts
-        self.records = records
+    contacts: tuple[Contact, ...]
+    records: tuple[Record, ...] = ()
 
 
-class Caller(Protocol):
-    """The validating call layer; never raises: None stands for no (usable) answer."""
+class LookupProtocol(Protocol):
+    """What a lookup asks with; None for no answer."""
 
-    async def find_node(self, contact: Contact, target: bytes) -> Found | None: ...
-    async def find_value(self, contact: Contact, key: bytes) -> Found | None: ...
-
-
-class BoundedHeap(NodeHeap):  # type: ignore[misc]
-    """`NodeHeap` with constant-time membership and a bound on what strangers can push."""
-
-    def __init__(self, node: Target, maxsize: int) -> None:
-        super().__init__(node, maxsize)
-        self._seen: set[bytes] = set()
-
-    def push(self, nodes: list[Contact]) -> None:
-        for node in nodes:
-            if node.id not in self._seen and len(self._seen) < limits.HEAP_NODES_MAX:
-                self._seen.add(node.id)
-                super().push(node)
-
-    def __contains__(self, node: object) -> bool:
-        return False  # `push` has looked already
+    async def call_find_node(self, contact: Contact, target: Node) -> Found | None: ...
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None: ...
 
 
-class NodeLookup(SpiderCrawl):  # type: ignore[misc]
-    """Finds the k closest live contacts to a point."""
+class NodeLookup(SpiderCrawl):
+    """Finds the k nodes closest to a target."""
 
     def __init__(
-        self,
-        caller: Caller,
-        target: Target,
-        start: Sequence[Contact],
-        own_id: bytes,
-        ksize: int = limits.KSIZE,
-        alpha: int = limits.ALPHA,
+        self, protocol: LookupProtocol, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes
     ) -> None:
-        super().__init__(caller, target, [], ksize, alpha)
-        self.nearest = BoundedHeap(target, ksize)
-        self.nearest.push(list(start))
+        super().__init__(protocol, target, [], ksize, limits.ALPHA)
+        self.nearest = CandidateHeap(target, ksize)
+        self.nearest.push(list(contacts))
+        self.answered: dict[bytes, Contact] = {}
+        self.seen: dict[bytes, Contact] = {contact.id: contact for contact in contacts}
+        """Whom we started from or were told of; bounded by the requests and k."""
+        self.requests = 0
         self._own_id = own_id
-        self.calls = 0
-        self.answered: dict[bytes, Found] = {}
+        self._failed: set[bytes] = set()
 
     async def find(self) -> list[Contact]:
-        """The closest contacts that answered, nearest first."""
-        await self._find(self._ask)
-        return [cast(Contact, contact) for contact in self.nearest if contact.id in self.answered]
-
-    async def _ask(self, contact: Contact) -> Found | None:
-        return cast("Found | None", await self.protocol.find_node(contact, self.node.id))
-
-    def is_satisfied(self) -> bool:
-        """Whether the lookup may end before the k closest have answered."""
-        return False
-
-    async def _find(self, rpcmethod: object) -> None:
-        under_way: dict[asyncio.Task[Found | None], Contact] = {}
-        loop = asyncio.get_running_loop()
+        """Those of the k closest that answered, the closest first. Cancel-safe."""
         try:
-            async with asyncio.timeout(limits.LOOKUP_TIMEOUT_S):
-                while not self.is_satisfied():
-                    for contact in self.nearest.get_uncontacted()[: self.alpha - len(under_way)]:
-                        if self.calls >= limits.LOOKUP_RPCS_MAX:
-                            break
-                        self.calls += 1
-                        self.nearest.mark_contacted(contact)
-                        under_way[loop.create_task(self._ask(contact), name="dht lookup")] = contact
-                    if not under_way:
-                        return
-                    done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                    for task in [task for task in under_way if task in done]:
-                        self._take(under_way.pop(task), task.result())
+            async with asyncio.timeout(limits.LOOKUP_S):
+                await self._crawl()
         except TimeoutError:
-            return
-        finally:
-            for task in under_way:
-                task.cancel()
+            pass  # what was found so far is the answer
+        return [contact for contact in self.nearest if contact.id in self.answered]
 
-    def _take(self, contact: Contact, found: Found | None) -> None:
+    async def _crawl(self) -> None:
+        running: dict[asyncio.Task[Found | None], Contact] = {}
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                while not self._is_complete():
+                    for contact in self.nearest.get_uncontacted()[: self.alpha - len(running)]:
+                        if self.requests >= limits.LOOKUP_RPCS_MAX:
+                            break
+                        self.requests += 1
+                        self.nearest.mark_contacted(contact)
+                        running[tasks.create_task(self._ask(contact), name="dht lookup")] = contact
+                    if not running:
+                        return
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in [task for task in running if task in done]:
+                        self._heard(running.pop(task), task.result())
+            finally:
+                for task in running:
+                    task.cancel()
+
+    def _ask(self, contact: Contact) -> Coroutine[Any, Any, Found | None]:
+        found: Coroutine[Any, Any, Found | None] = self.protocol.call_find_node(contact, self.node)
+        return found
+
+    def _heard(self, contact: Contact, found: Found | None) -> None:
         if found is None:
+            self._failed.add(contact.id)
             self.nearest.remove([contact.id])
             return
-        self.answered[contact.id] = found
-        self.nearest.push([other for other in found.contacts if other.id != self._own_id])
+        self.answered[contact.id] = contact
+        new = [node for node in found.contacts if node.id != self._own_id and node.id not in self._failed]
+        self.nearest.push(new)
+        for node in new:
+            self.seen.setdefault(node.id, node)
+
+    def _is_complete(self) -> bool:
+        return all(node.id in self.answered for node in self.nearest)
 
 
 class ValueLookup(NodeLookup):
-    """Collects a key's records from the k closest, merges them, and knows who holds stale ones."""
+    """Gathers a key's records from a quorum of the closest nodes, merged by (publisher, subkey)."""
 
-    async def _ask(self, contact: Contact) -> Found | None:
-        return cast("Found | None", await self.protocol.find_value(contact, self.node.id))
+    def __init__(
+        self, protocol: LookupProtocol, key: bytes, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes
+    ) -> None:
+        super().__init__(protocol, target, contacts, ksize, own_id)
+        self.key = key
+        self.merged: dict[RecordName, Record] = {}
+        self._held: dict[bytes, dict[RecordName, int]] = {}
 
-    def is_satisfied(self) -> bool:
-        """Half of the closest agree on the path: a quorum, since records are signed and only the newest counts."""
+    def _ask(self, contact: Contact) -> Coroutine[Any, Any, Found | None]:
+        found: Coroutine[Any, Any, Found | None] = self.protocol.call_find_value(contact, self.key, self.node)
+        return found
+
+    def _heard(self, contact: Contact, found: Found | None) -> None:
+        super()._heard(contact, found)
+        if found is not None:
+            merge(self.merged, found.records)
+            self._held[contact.id] = {record.name: record.sequence for record in found.records}
+
+    def _is_complete(self) -> bool:
         closest = list(self.nearest)
-        answers = [contact for contact in closest if contact.id in self.answered]
-        with_records = [contact for contact in answers if self.answered[contact.id].records]
-        return bool(len(closest) >= self.ksize and len(with_records) > self.ksize // 2)
+        quorum = max(1, self.ksize // 2)
+        return all(node.id in self.answered for node in closest[:quorum])
 
-    def records(self) -> tuple[Record, ...]:
-        """The newest of every slot."""
-        return merge_records(record for found in self.answered.values() for record in found.records)
-
-    def stale_holders(self) -> list[tuple[Contact, list[Record]]]:
-        """Of the closest that answered: whom to send which newer records."""
-        merged = self.records()
-        stale = []
-        for contact in list(self.nearest):
-            found = self.answered.get(contact.id)
-            if found is None:
+    def corrections(self) -> list[tuple[Contact, list[Record]]]:
+        """For the closest holders that answered with less than is known: what they lack."""
+        found = []
+        for contact in self.nearest:
+            held = self._held.get(contact.id)
+            if held is None:
                 continue
-            held = {record.slot: record.sequence for record in found.records}
-            missing = [record for record in merged if held.get(record.slot, -1) < record.sequence]
-            if missing:
-                stale.append((cast(Contact, contact), missing[: limits.RECORDS_PER_CALL]))
-        return stale
+            lacking = [record for name, record in self.merged.items() if held.get(name, -1) < record.sequence]
+            if lacking:
+                found.append((contact, lacking[: limits.CORRECTED_RECORDS_MAX]))
+            if len(found) >= limits.CORRECTED_HOLDERS_MAX:
+                break
+        return found

@@ -1,443 +1,406 @@
-"""The DHT on a host: answers, asks, publishes and keeps alive what it published.
+"""The DHT's shell: one node of it. Owns the table, the store, our publications, and the task group that keeps them fresh.
 
-Owns `/peerd/dht/1`, the table's contents and the store. Contacts are admitted after an authenticated handshake, when their
-identify list says that they serve the DHT and they answered. A record is taken only from its publisher's own connection, or after
-its publisher was dialled. The pure parts are `records`, `store`, `table`; lookups are `lookup`.
+A contact enters the table only after it answered a request of ours over an authenticated connection, which it does only if
+it serves the DHT; clients never enter. Nodes leave when they can't be dialled, or stay silent twice. Knows nothing of what
+values mean. Time and randomness come from ports.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from kademlia.node import Node
+
 from overlay.connection import Connection
 from overlay.dht import limits
-from overlay.dht.lookup import Found, NodeLookup, ValueLookup
-from overlay.dht.records import Record, decode_record, encode_record, merge_records, seal_record
-from overlay.dht.store import Outcome, RecordStore
-from overlay.dht.table import Contact, Table, Target, address_group, node_id_of
-from overlay.errors import InvalidAddress, LimitExceeded, PeerdError, ProtocolViolation
+from overlay.dht.lookup import NodeLookup, ValueLookup
+from overlay.dht.protocol import DHT, DhtProtocol, is_gone
+from overlay.dht.publishing import Publication, Publications
+from overlay.dht.records import Record, RecordName, location_of, merge
+from overlay.dht.store import Put, RecordStore, StoreRate
+from overlay.dht.table import Contact, Table, group_of
+from overlay.errors import PeerdError, ProtocolRefused
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
 from overlay.ports import Ports
-from overlay.rpc.types import Message
-from overlay.rpc.unary import call, serve_unary
 
 log = logging.getLogger(__name__)
 
-DHT_PROTOCOL = "/peerd/dht/1"
-RETRY_BOOTSTRAP_S = 5.0
+Meeting = tuple[PeerId | None, Sequence[Multiaddr]]
 
 
 @dataclass(frozen=True, slots=True)
 class DhtConfig:
-    """``server`` False: this node can't be dialled, so it asks and never answers."""
+    """What a DHT node is told."""
 
     server: bool = True
+    """False for a node that others can't dial: it asks, and is never asked."""
     ksize: int = limits.KSIZE
-
-
-@dataclass(slots=True)
-class _Publication:
-    """Something that this node keeps alive."""
-
-    key: bytes
-    subkey: bytes
-    value: bytes
-    ttl_s: float
-    sequence: int
-    due: float = 0.0
-    stored_at: frozenset[PeerId] = frozenset()
+    exempt_private: bool = True
+    """Whether loopback and private addresses are free of the limits on address groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class DhtStatistics:
-    """A snapshot."""
+    """Immutable counters."""
 
     contacts: int
-    records: int
-    store_bytes: int
-    publications: int
+    published: int
+    stored: int
+    stored_bytes: int
     calls: int
-    refused: int
+    failures: int
 
 
 class Dht:
-    """``async with Dht(host, ports, config) as dht``."""
+    """``async with Dht(host, ports, config) as dht``. Every method is for the loop's thread."""
 
     def __init__(self, host: Host, ports: Ports, config: DhtConfig | None = None) -> None:
+        self.config = config or DhtConfig()
         self._host = host
         self._ports = ports
-        self.config = config or DhtConfig()
-        self._own = Target(node_id_of(host.peer_id))
-        self._table = Table(self._own, self.config.ksize)
+        self._self = Contact(host.peer_id)
+        self._table = Table(self._self, self.config.ksize)
         self._store = RecordStore()
-        self._publications: dict[tuple[bytes, bytes], _Publication] = {}
-        self._sequence = 0
-        self._queried: dict[int, float] = {}
+        self._rate = StoreRate()
+        self._publications = Publications(host.identity)
+        self._protocol = DhtProtocol(host, self, exempt_private=self.config.exempt_private)
         self._tasks: asyncio.TaskGroup | None = None
-        self._background: list[asyncio.Task[None]] = []
-        self._wake = asyncio.Event()
-        self._first_contact = asyncio.Event()
-        self._calls = 0
-        self._refused = 0
-        self._pinging: set[bytes] = set()
+        self._upkeep: asyncio.Task[None] | None = None
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[bytes, int] = {}
+        self._refused: dict[PeerId, float] = {}
+        self._remembered: dict[PeerId, tuple[Multiaddr, ...]] = {}
+        self._self_lookup_due = 0.0
+        self._closing = False
 
     # --- life ---
 
     async def __aenter__(self) -> Self:
         self._tasks = await asyncio.TaskGroup().__aenter__()
-        self._sequence = int(self._ports.wall_clock.now_s() * 1000)
+        now = self._now()
+        self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
+        self._table.queried(self._self, now)
         if self.config.server:
-            methods = {"find-node": self._answer_find_node, "find-value": self._answer_find_value,
-                       "store": self._answer_store, "ping": self._answer_ping}  # fmt: skip
-            serve_unary(self._host, DHT_PROTOCOL, methods, message_bytes_max=limits.ANSWER_BYTES_MAX)
-        self._host.add_connection_listener(self._connected, self._disconnected)
-        for work, name in ((self._keep_publishing(), "dht publisher"), (self._refresh(), "dht refresh")):
-            self._background.append(self._tasks.create_task(work, name=name))
+            self._protocol.serve()
+        self._host.add_connection_listener(_ignore, self._connection_closed)
+        self._upkeep = self._tasks.create_task(self._keep_up(), name="dht upkeep")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        tasks = self._tasks
+        assert tasks is not None
+        self._closing = True
         if self.config.server:
-            self._host.unserve(DHT_PROTOCOL)
-        for task in self._background:
+            self._host.unserve(DHT)
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        for task in list(self._running.values()):
             task.cancel()
-        assert self._tasks is not None
-        await self._tasks.__aexit__(None, None, None)
+        await tasks.__aexit__(None, None, None)
+
+    def _now(self) -> float:
+        return self._ports.clock.now()
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None], prefix: str = "", at_once: int = 0) -> bool:
+        """Run once per name, and at most ``at_once`` with that prefix; else the work is left undone."""
+        crowded = bool(at_once) and sum(1 for found in self._running if found.startswith(prefix)) >= at_once
+        if self._tasks is None or self._closing or name in self._running or crowded:
+            work.close()
+            return False
+        task = self._tasks.create_task(work, name=f"dht {name}")
+        self._running[name] = task
+        task.add_done_callback(lambda _: self._running.pop(name, None))
+        return True
+
+    # --- facts ---
 
     @property
-    def is_ready(self) -> bool:
-        """Whether anybody else is known."""
-        return bool(self._table.contacts())
+    def ready(self) -> bool:
+        """Whether any other DHT server is known."""
+        return len(self._table) > 0
 
     def statistics(self) -> DhtStatistics:
-        contacts = len(self._table.contacts())
         return DhtStatistics(
-            contacts, len(self._store), self._store.size_bytes, len(self._publications), self._calls, self._refused
+            len(self._table),
+            len(self._publications),
+            self._store.count,
+            self._store.size_bytes,
+            self._protocol.calls,
+            self._protocol.failures,
         )
 
     def known_peers(self) -> list[tuple[PeerId, tuple[Multiaddr, ...]]]:
-        """Contacts and their addresses, to meet again after a restart."""
-        return [(contact.peer, contact.addresses) for contact in self._table.contacts()]
+        """Contacts and where they were, to be saved for the next start."""
+        return [(contact.peer, self._addresses(contact)) for contact in self._table.contacts()]
+
+    def _addresses(self, contact: Contact) -> tuple[Multiaddr, ...]:
+        return self._host.address_book.addresses(contact.peer, self._now()) or contact.addresses
 
     # --- joining ---
 
-    async def bootstrap(self, peers: Sequence[Multiaddr]) -> int:
-        """Meet ``peers`` (multiaddrs, with or without /p2p), then look for ourselves. Returns how many answered.
+    async def bootstrap(self, peers: Sequence[Meeting]) -> int:
+        """Meet peers, then look for ourselves. Returns how many of them serve the DHT; may be called again."""
+        met = await asyncio.gather(*(self._meet(peer, tuple(addresses)) for peer, addresses in peers))
+        reached = sum(met)
+        if reached:
+            await self._look_for_self()
+        return reached
 
-        May be called again. Never raises for a peer that can't be reached.
-        """
-        reached = await asyncio.gather(*(self._meet(address) for address in peers))
-        count = sum(reached)
-        if count:
-            await self.lookup(self._own.id)
-            self._wake.set()
-        return count
-
-    async def _meet(self, address: Multiaddr) -> bool:
-        named = address.get("p2p")
-        try:
-            peer = PeerId.from_text(named) if named else None
-            connection = await self._host.connect(peer, (address,))
-            contact = Contact(connection.remote_peer, self._addresses_of(connection))
-            return await self._ask(contact, "ping", {}) is not None
-        except PeerdError as error:
-            log.debug("%s can't be met: %s", address, error)
+    async def _meet(self, peer: PeerId | None, addresses: tuple[Multiaddr, ...]) -> bool:
+        if peer == self._host.peer_id:
             return False
+        try:
+            connection = await self._host.connect(peer, addresses)
+        except PeerdError as error:
+            log.debug("bootstrap peer %s was not reached: %s", peer or addresses, error)
+            return False
+        contact = self._contact_of(connection.remote_peer, addresses)
+        return await self._protocol.call_ping(contact)
 
-    def _addresses_of(self, connection: Connection) -> tuple[Multiaddr, ...]:
-        known = self._host.address_book.addresses(connection.remote_peer, self._ports.clock.now())
-        if connection.remote_address is not None and not connection.is_inbound:
-            known = (connection.remote_address, *(address for address in known if address != connection.remote_address))
-        return known[: limits.CONTACT_ADDRESSES_MAX]
+    def _contact_of(self, peer: PeerId, addresses: Sequence[Multiaddr] = ()) -> Contact:
+        known = self._host.address_book.addresses(peer, self._now()) or tuple(addresses)
+        connection = self._host.connection(peer)
+        remote = None if connection is None else connection.remote_address
+        at = remote or (known[0] if known else None)
+        return Contact(peer, known, group_of(at, exempt_private=self.config.exempt_private))
 
-    def _connected(self, connection: Connection) -> None:
-        """A new peer: once identify has told that it serves the DHT, it's asked, and admitted if it answers."""
-        assert self._tasks is not None
-        self._background = [task for task in self._background if not task.done()]
-        self._background.append(
-            self._tasks.create_task(self._try_contact(connection), name=f"dht greets {connection.remote_peer.short}")
-        )
+    async def _look_for_self(self) -> None:
+        self._self_lookup_due = self._now() + limits.SELF_LOOKUP_S
+        await self._closest_to(self._self)
 
-    def _disconnected(self, connection: Connection) -> None:
-        """Contacts need no connection; the next question finds out."""
-
-    async def _try_contact(self, connection: Connection) -> None:
-        peer = connection.remote_peer
-        for _ in range(20):
-            if DHT_PROTOCOL in self._host.protocols_of(peer):
-                break
-            await asyncio.sleep(0.05)
-        else:
-            return
-        if self._table.find(peer) is None and connection.is_open:
-            await self._ask(Contact(peer, self._addresses_of(connection)), "ping", {})
-
-    # --- lookups ---
-
-    async def lookup(self, target: bytes) -> list[Contact]:
-        """The closest live contacts to a point of the key space."""
-        point = Target(target)
-        self._queried[self._table.get_bucket_for(point)] = self._ports.clock.now()
-        start = self._table.find_neighbors(point)
-        return await NodeLookup(self, point, start, self._own.id, self.config.ksize).find()
-
-    async def find_peer(self, peer: PeerId) -> tuple[Multiaddr, ...]:
-        """Addresses of a peer: known ones, else what its neighbours say."""
-        known = self._host.address_book.addresses(peer, self._ports.clock.now())
-        if known:
-            return known
-        target = node_id_of(peer)
-        lookup = NodeLookup(
-            self, Target(target), self._table.find_neighbors(Target(target)), self._own.id, self.config.ksize
-        )
-        await lookup.find()
-        for found in lookup.answered.values():
-            for contact in found.contacts:
-                if contact.peer == peer:
-                    return contact.addresses
-        return ()
-
-    async def get(self, key: bytes) -> tuple[Record, ...]:
-        """Every live record of a key: merged over the network, this node's store and its own publications."""
-        point = Target(key)
-        start = self._table.find_neighbors(point)
-        lookup = ValueLookup(self, point, start, self._own.id, self.config.ksize)
-        await lookup.find()
-        now = self._ports.clock.now()
-        own = [self._sealed(found) for found in self._publications.values() if found.key == key]
-        merged = merge_records([*lookup.records(), *self._store.get(key, now), *own])
-        return tuple(record for record in merged if not record.is_withdrawal)
+    async def _closest_to(self, target: Node) -> list[Contact]:
+        self._table.queried(target, self._now())
+        start = self._table.find_neighbors(target, self.config.ksize)
+        return await NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id).find()
 
     # --- publishing ---
 
     def publish(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> None:
-        """Keep ``value`` alive under (key, subkey): stored now and at half-life, and again when the neighbourhood changes.
-
-        Raises LimitExceeded, or ValueError for a value out of bounds: our own mistake.
-        """
-        self._set(key, subkey, value, ttl_s)
-        self._wake.set()
+        """Keep ``value`` published from now on; a new value replaces the former. Raises LimitExceeded."""
+        publication = self._set(key, subkey, value, ttl_s)
+        self._replicate_soon(publication)
 
     async def publish_and_wait(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> int:
-        """As `publish`, and wait for the first stores. Returns how many others hold it."""
+        """As `publish`; returns how many nodes hold it. Cancelled, it goes on at its next turn."""
         publication = self._set(key, subkey, value, ttl_s)
-        await self._distribute(publication)
-        return len(publication.stored_at)
+        await self._replicate(publication)
+        return len(publication.holders)
 
     async def withdraw(self, key: bytes, subkey: bytes) -> None:
-        """Replace what was published by a withdrawal, at once, and stop keeping it alive."""
-        known = self._publications.get((key, subkey))
+        """Replace the record by a tombstone at its holders; the tombstone lives as long as the record would have."""
+        before = self._publications.get(key, subkey)
+        if before is None or before.record.is_withdrawn:
+            return
+        await self._replicate(self._set(key, subkey, b"", before.record.ttl_s))
+
+    def _set(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> Publication:
+        return self._publications.set(key, subkey, value, ttl_s, self._now(), self._ports.wall_clock.now_s())
+
+    def _replicate_soon(self, publication: Publication) -> None:
+        record = publication.record
+        self._spawn(f"publish {record.key.hex()} {record.subkey.hex()}", self._replicate(publication))
+
+    async def _replicate(self, publication: Publication) -> None:
+        """Offer a record to the closest nodes; whatever newer value came meanwhile is offered at the next upkeep."""
+        publication.due = self._now() + limits.LOOKUP_S
+        contacts = await self._closest_to(Node(publication.location))
+        record = publication.record
+        outcomes = await asyncio.gather(*(self._protocol.call_store(contact, [record]) for contact in contacts))
+        holders = []
+        for contact, answer in zip(contacts, outcomes, strict=True):
+            if answer and answer[0][0] in (Put.STORED, Put.UNCHANGED):
+                holders.append(contact)
+            elif answer and answer[0][0] is Put.STALE:
+                self._publications.overtaken(answer[0][1])
+        self._publications.offered(publication, holders, self._now())
+
+    async def _hand_over(self, contact: Contact) -> None:
+        """Give a new contact those of our records that it is near enough to hold."""
+        wanted = self._publications.wanted_by(contact, self.config.ksize)
+        if not wanted:
+            return
+        answers = await self._protocol.call_store(contact, [entry.record for entry in wanted])
+        for entry, (outcome, _) in zip(wanted, answers, strict=False):
+            if outcome in (Put.STORED, Put.UNCHANGED):
+                self._publications.handed_over(entry, contact)
+
+    # --- reading ---
+
+    async def get(self, key: bytes) -> tuple[Record, ...]:
+        """Live records of a key: verified, merged, in a fixed order; ours and those we hold are among them."""
+        target = Node(location_of(key))
+        self._table.queried(target, self._now())
+        start = self._table.find_neighbors(target, self.config.ksize)
+        lookup = ValueLookup(self._protocol, key, target, start, self.config.ksize, self._self.id)
+        merge(lookup.merged, self.records_of(key))
+        await lookup.find()
+        merge(lookup.merged, self.records_of(key))
+        for contact, records in lookup.corrections():
+            work = self._correct(contact, records)
+            self._spawn(f"correct {contact.id.hex()}", work, "correct ", limits.FOREIGN_CHECKS_AT_ONCE)
+        live = [record for record in lookup.merged.values() if not record.is_withdrawn]
+        return tuple(sorted(live, key=lambda record: record.name))
+
+    async def _correct(self, contact: Contact, records: list[Record]) -> None:
+        await self._protocol.call_store(contact, records)
+
+    async def find_peer(self, peer: PeerId) -> tuple[Multiaddr, ...]:
+        """Where a peer may be dialled; empty when nobody knows."""
+        connection = self._host.connection(peer)
+        known = self._host.address_book.addresses(peer, self._now())
+        if connection is not None and known:
+            return known
+        target = Contact(peer)
+        start = self._table.find_neighbors(target, self.config.ksize)
+        near = self._table.get(target.id)
+        lookup = NodeLookup(
+            self._protocol, target, [*([near] if near else []), *start], self.config.ksize, self._self.id
+        )
+        await lookup.find()
+        found = lookup.seen.get(target.id)
+        return tuple(dict.fromkeys((*known, *(found.addresses if found else ()))))
+
+    # --- what the wire asks ---
+
+    def closest(self, target: Node, asker: PeerId) -> list[Contact]:
+        """From the table; neither the asker nor ourselves."""
+        near = self._table.find_neighbors(target, self.config.ksize, exclude=Contact(asker))
+        exact = self._table.get(target.id)
+        return near if exact is None or exact.peer == asker else [exact, *near][: self.config.ksize]
+
+    def records_of(self, key: bytes) -> list[Record]:
+        """What we publish and what we hold, merged."""
+        merged: dict[RecordName, Record] = {}
+        merge(merged, self._store.get(key, self._now()))
+        merge(merged, self._publications.records_of(key))
+        return list(merged.values())
+
+    def offer(self, record: Record | None, sender: PeerId) -> tuple[Put, int]:
+        """A store request: (outcome, the sequence held)."""
+        now = self._now()
+        if not self._rate.admit(sender.multihash, now):
+            return Put.RATE, 0
+        if record is None:
+            return Put.INVALID, 0
+        if record.publisher == self._host.peer_id:
+            ours = self._publications.get(record.key, record.subkey)
+            return Put.UNCHANGED, 0 if ours is None else ours.record.sequence
+        held = self._store.sequence_of(record)
+        if record.publisher != sender:
+            if held is None or held < record.sequence:
+                self._check_with_publisher(record)
+            return Put.FOREIGN, held or 0
+        outcome = self._store.put(record, now, self._group_of(sender))
+        return outcome, self._store.sequence_of(record) or 0
+
+    def _check_with_publisher(self, record: Record) -> None:
+        work = self._fetch_from_publisher(record.publisher, record.key)
+        name = f"check {record.publisher.short} {record.key.hex()}"
+        self._spawn(name, work, "check ", limits.FOREIGN_CHECKS_AT_ONCE)
+
+    async def _fetch_from_publisher(self, publisher: PeerId, key: bytes) -> None:
+        """A record that somebody else brought is taken from its publisher, or not at all."""
+        contact = self._contact_of(publisher)
+        found = await self._protocol.call_find_value(contact, key, Node(location_of(key)))
+        for record in () if found is None else found.records:
+            if record.publisher == publisher:
+                self._store.put(record, self._now(), self._group_of(publisher))
+
+    def _group_of(self, peer: PeerId) -> str:
+        connection = self._host.connection(peer)
+        remote = None if connection is None else connection.remote_address
+        return group_of(remote, exempt_private=False)
+
+    def heard_from(self, peer: PeerId) -> None:
+        """A peer that asks may be a server: it enters the table when it answers."""
+        if self._table.get(Contact(peer).id) is None:
+            self._consider(peer)
+
+    def _consider(self, peer: PeerId) -> None:
+        protocols = self._host.protocols_of(peer)
+        if self._refused.get(peer, 0.0) > self._now() or (protocols and DHT not in protocols):
+            return
+        self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
+
+    async def _ask_whether_alive(self, peer: PeerId) -> None:
+        await self._protocol.call_ping(self._contact_of(peer))
+
+    def call_ended(self, contact: Contact, error: PeerdError | None) -> None:
+        """The one place where contacts enter and leave the table."""
+        if error is None:
+            self._failures.pop(contact.id, None)
+            self._admit(contact)
+            return
+        if isinstance(error, ProtocolRefused):
+            self._refused[contact.peer] = self._now() + limits.REFUSED_REMEMBERED_S
+            while len(self._refused) > limits.REFUSED_REMEMBERED_MAX:
+                self._refused.pop(next(iter(self._refused)))
+        known = self._table.get(contact.id)
         if known is None:
             return
-        publication = self._set(key, subkey, b"", known.ttl_s)
-        await self._distribute(publication)
-        if self._publications.get((key, subkey)) is publication:
-            del self._publications[key, subkey]
+        self._failures[contact.id] = self._failures.get(contact.id, 0) + 1
+        if is_gone(error) or self._failures[contact.id] >= limits.FAILURES_MAX:
+            self._failures.pop(contact.id, None)
+            self._table.remove_contact(known)
 
-    def _set(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> _Publication:
-        if len(self._publications) >= limits.PUBLICATIONS_MAX and (key, subkey) not in self._publications:
-            raise LimitExceeded("This node publishes too much; serve fewer models.")
-        self._sequence = max(self._sequence + 1, int(self._ports.wall_clock.now_s() * 1000))
-        publication = _Publication(key, subkey, value, ttl_s, self._sequence)
-        seal_record(self._host.identity, key, subkey, publication.sequence, ttl_s, value)
-        self._publications[key, subkey] = publication
-        return publication
+    def _admit(self, contact: Contact) -> None:
+        is_new = self._table.get(contact.id) is None
+        fresh = self._contact_of(contact.peer, contact.addresses)
+        asked = self._table.add_contact(fresh)
+        self._remembered.pop(fresh.peer, None)
+        self._remembered[fresh.peer] = fresh.addresses
+        while len(self._remembered) > limits.REMEMBERED_MAX:
+            self._remembered.pop(next(iter(self._remembered)))
+        if asked is not None:
+            self._consider(asked.peer)
+        elif is_new and self._table.get(contact.id) is not None:
+            self._spawn(f"hand over {fresh.peer}", self._hand_over(fresh))
 
-    def _sealed(self, found: _Publication) -> Record:
-        return seal_record(self._host.identity, found.key, found.subkey, found.sequence, found.ttl_s, found.value)
+    def _connection_closed(self, connection: Connection) -> None:
+        peer = connection.remote_peer
+        if self._table.get(Contact(peer).id) is not None:
+            self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
 
-    async def _distribute(self, publication: _Publication) -> None:
-        now = self._ports.clock.now()
-        publication.due = now + publication.ttl_s / 2
-        record = self._sealed(publication)
-        closest = await self.lookup(publication.key)
-        outcomes = await asyncio.gather(*(self._store_at(contact, [record]) for contact in closest))
-        publication.stored_at = frozenset(
-            contact.peer for contact, stored in zip(closest, outcomes, strict=True) if stored
-        )
-        if not publication.stored_at:
-            publication.due = now + limits.REPUBLISH_RETRY_S
+    # --- upkeep ---
 
-    async def _store_at(self, contact: Contact, records: list[Record]) -> bool:
-        fields = {"records": [encode_record(record) for record in records]}
-        return await self._ask(contact, "store", fields) is not None
-
-    async def _keep_publishing(self) -> None:
-        """Store what is due; wakes early when something was published or the neighbourhood changed."""
+    async def _keep_up(self) -> None:
         while True:
-            now = self._ports.clock.now()
-            self._store.expire(now)
-            for publication in list(self._publications.values()):
-                if publication.due <= now or self._neighbours_changed(publication):
-                    await self._distribute(publication)
-            self._wake.clear()
-            if any(found.due <= self._ports.clock.now() for found in self._publications.values()):
-                continue
-            try:
-                async with asyncio.timeout(limits.EXPIRY_TICK_S):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+            await asyncio.sleep(limits.UPKEEP_S)
+            self.upkeep(self._now())
 
-    def _neighbours_changed(self, publication: _Publication) -> bool:
-        closest = self._table.find_neighbors(Target(publication.key), self.config.ksize)
-        return any(contact.peer not in publication.stored_at and contact.failures == 0 for contact in closest)
+    def upkeep(self, now: float) -> None:
+        """Once a second: expiry, what is due to be published, lookups that keep the table fresh."""
+        self._store.expire(now)
+        for publication in self._publications.due(now):
+            renewed = self._publications.renewed(publication, now, self._ports.wall_clock.now_s())
+            self._replicate_soon(renewed)
+        if not self.ready and now >= self._self_lookup_due:
+            self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
+            self._spawn("meet again", self._meet_again())
+        elif now >= self._self_lookup_due:
+            lonely = len(self._table) < self.config.ksize
+            self._spawn("look for self", self._look_for_self())
+            self._self_lookup_due = now + (limits.SELF_LOOKUP_LONELY_S if lonely else limits.SELF_LOOKUP_S)
+        for low, high in self._table.stale_ranges(now - limits.BUCKET_REFRESH_S)[:1]:
+            self._spawn("refresh", self._refresh(low, high))
 
-    async def _refresh(self) -> None:
-        """Look for ourselves now and then, and into buckets that nobody here has asked about."""
-        while True:
-            await asyncio.sleep(limits.REFRESH_S)
-            await self.lookup(self._own.id)
-            now = self._ports.clock.now()
-            for index in self._table.stale_targets(self._queried, now, 3 * limits.REFRESH_S):
-                low, high = self._table.buckets[index].range if index < len(self._table.buckets) else (0, 0)
-                target = low + self._ports.randomness.below(max(1, high - low))
-                await self.lookup(target.to_bytes(32, "big"))
+    async def _meet_again(self) -> None:
+        await self.bootstrap(list(self._remembered.items()))
 
-    # --- asking ---
+    async def _refresh(self, low: int, high: int) -> None:
+        drawn = int.from_bytes(self._ports.randomness.token(limits.ID_BYTES), "big")
+        target = low + drawn % (high - low + 1)
+        await self._closest_to(Node(target.to_bytes(limits.ID_BYTES, "big")))
 
-    async def find_node(self, contact: Contact, target: bytes) -> Found | None:
-        """For lookups; None when there was no usable answer."""
-        answer = await self._ask(contact, "find-node", {"target": target})
-        return None if answer is None else Found(self._read_contacts(answer.header.get("contacts")))
 
-    async def find_value(self, contact: Contact, key: bytes) -> Found | None:
-        """For lookups; bad entries are dropped, not the answer."""
-        answer = await self._ask(contact, "find-value", {"target": key})
-        if answer is None:
-            return None
-        records = []
-        listed = answer.header.get("records")
-        for fields in listed[: limits.RECORDS_PER_ANSWER] if isinstance(listed, list) else ():
-            try:
-                record = decode_record(fields)
-            except ProtocolViolation:
-                self._refused += 1
-                continue
-            if record.key == key and record.left_s > 0:
-                records.append(record)
-        return Found(self._read_contacts(answer.header.get("contacts")), tuple(records))
-
-    async def _ask(self, contact: Contact, method: str, fields: dict[str, Any]) -> Message | None:
-        """One call; the table learns from its outcome. Never raises for what a peer does."""
-        self._calls += 1
-        message = Message(method, fields)
-        try:
-            answer = await call(
-                self._host, contact.peer, DHT_PROTOCOL, message, timeout_s=self._patience(contact),
-                addresses=contact.addresses, message_bytes_max=limits.ANSWER_BYTES_MAX,
-            )  # fmt: skip
-        except PeerdError as error:
-            log.debug("dht %s at %s failed: %s", method, contact.peer.short, error)
-            self._table.failed(contact)
-            return None
-        self._answered(contact)
-        return answer
-
-    def _patience(self, contact: Contact) -> float:
-        connection = self._host.connection(contact.peer)
-        rtt = None if connection is None else connection.rtt_s
-        if rtt is None:
-            return limits.RPC_TIMEOUT_S
-        return min(limits.RPC_TIMEOUT_S, max(limits.RPC_TIMEOUT_MIN_S, limits.RPC_RTTS * rtt))
-
-    def _answered(self, contact: Contact) -> None:
-        known = self._table.find(contact.peer)
-        if known is not None:
-            self._table.answered(known)
-            return
-        if DHT_PROTOCOL not in self._host.protocols_of(contact.peer) and self._host.protocols_of(contact.peer):
-            return
-        connection = self._host.connection(contact.peer)
-        addresses = contact.addresses or (() if connection is None else self._addresses_of(connection))
-        to_ping = self._table.offer(Contact(contact.peer, addresses))
-        self._wake.set()
-        if to_ping is not None and to_ping.id not in self._pinging and self._tasks is not None:
-            self._pinging.add(to_ping.id)
-            self._background = [task for task in self._background if not task.done()]
-            self._background.append(self._tasks.create_task(self._ping_head(to_ping), name="dht ping"))
-
-    async def _ping_head(self, contact: Contact) -> None:
-        try:
-            await self._ask(contact, "ping", {})
-        finally:
-            self._pinging.discard(contact.id)
-
-    def _read_contacts(self, listed: object) -> list[Contact]:
-        contacts: list[Contact] = []
-        for entry in listed[: self.config.ksize] if isinstance(listed, list) else ():
-            try:
-                peer_bytes, address_list = entry
-                peer = PeerId.from_bytes(peer_bytes)
-                addresses = tuple(Multiaddr.decode(raw) for raw in address_list[: limits.CONTACT_ADDRESSES_MAX])
-            except (TypeError, ValueError, InvalidAddress, ProtocolViolation):
-                self._refused += 1
-                continue
-            if peer != self._host.peer_id:
-                contacts.append(Contact(peer, addresses))
-        return contacts
-
-    # --- answering ---
-
-    def _contacts_for(self, target: object, asker: PeerId) -> list[list[Any]]:
-        if not isinstance(target, bytes) or len(target) != limits.KEY_BYTES:
-            raise ProtocolViolation("A target has 32 bytes.")
-        near = self._table.find_neighbors(Target(target), exclude=Target(node_id_of(asker)))
-        return [[contact.peer.multihash, [address.encode() for address in contact.addresses]] for contact in near]
-
-    async def _answer_ping(self, peer: PeerId, message: Message) -> Message:
-        return Message("pong", {})
-
-    async def _answer_find_node(self, peer: PeerId, message: Message) -> Message:
-        return Message("nodes", {"contacts": self._contacts_for(message.header.get("target"), peer)})
-
-    async def _answer_find_value(self, peer: PeerId, message: Message) -> Message:
-        key = message.header.get("target")
-        contacts = self._contacts_for(key, peer)
-        assert isinstance(key, bytes)
-        held = list(self._store.get(key, self._ports.clock.now()))
-        held += [self._sealed(found) for found in self._publications.values() if found.key == key]
-        listed: list[list[object]] = []
-        room = 48 << 10
-        for record in merge_records(held)[: limits.RECORDS_PER_ANSWER]:
-            room -= record.size_bytes
-            if room < 0:
-                break
-            listed.append(encode_record(record))
-        return Message("values", {"contacts": contacts, "records": listed})
-
-    async def _answer_store(self, peer: PeerId, message: Message) -> Message:
-        listed = message.header.get("records")
-        if not isinstance(listed, list) or len(listed) > limits.RECORDS_PER_CALL:
-            raise ProtocolViolation("A store has a list of records.")
-        now = self._ports.clock.now()
-        if not self._store.admit(peer.multihash, len(listed), now):
-            raise LimitExceeded("Too many stores; slow down.")
-        outcomes = []
-        for fields in listed:
-            record = decode_record(fields)
-            if record.publisher != peer and not await self._vouched(record.publisher):
-                raise ProtocolViolation("A record is taken from its publisher, or when its publisher can be reached.")
-            connection = self._host.connection(record.publisher)
-            group = address_group(None if connection is None else connection.remote_address)
-            outcome = self._store.put(record, group, self._ports.clock.now())
-            outcomes.append(outcome.value)
-            if outcome in (Outcome.FULL, Outcome.RATE):
-                raise LimitExceeded("No room for this record here.")
-        return Message("stored", {"outcomes": outcomes})
-
-    async def _vouched(self, publisher: PeerId) -> bool:
-        """Whether the publisher of a relayed record is somebody who can be reached."""
-        try:
-            await self._host.connect(publisher, await self.find_peer(publisher))
-        except PeerdError:
-            return False
-        return True
+def _ignore(_: Connection) -> None:
+    """Nothing is to be done for a new connection: a server shows itself by asking, or by answering."""

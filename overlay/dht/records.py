@@ -1,111 +1,159 @@
-"""Signed records: (key, publisher, subkey, sequence, time to live, value). Pure.
+"""Signed, sequenced, expiring records. Pure.
 
-A key holds many, one per (publisher, subkey). The sequence orders one publisher's own versions and nothing else; time to live is
-counted by each holder from receipt, since home clocks are wrong. An empty value withdraws. Signed under a domain of its own.
+A key holds many records, one per (publisher, subkey). The publisher's sequence orders its own records only; the time to
+live is counted by each holder from receipt, since home clocks are wrong. An empty value is a tombstone: withdrawn.
+The signature covers a domain and the canonical msgpack of all other fields.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgpack
 
 from overlay.dht import limits
-from overlay.errors import InvalidAddress, ProtocolViolation
-from overlay.identity import Identity, PeerId, verify
+from overlay.errors import InvalidAddress, LimitExceeded, ProtocolViolation
+from overlay.identity import SIGNATURE_BYTES, Identity, PeerId, verify
 
 DOMAIN = b"peerd-dht-record:1"
-SEQUENCE_MAX = 2**63 - 1
-SIGNATURE_BYTES = 64
+FIELDS = 7
+
+RecordName = tuple[bytes, bytes]
+"""(publisher, subkey): what a record is called within its key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One version of one publisher's value. ``ttl_s`` is what is left of it as the holder counts."""
+    """One publisher's value under (key, subkey)."""
 
     key: bytes
     publisher: PeerId
     subkey: bytes
     sequence: int
-    ttl_ms: int
-    value: bytes
-    signature: bytes
-    left_s: float
+    ttl_s: int
+    value: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
 
     @property
-    def slot(self) -> tuple[bytes, bytes]:
-        """What identifies it within its key."""
-        return self.publisher.multihash, self.subkey
+    def name(self) -> RecordName:
+        return (self.publisher.multihash, self.subkey)
 
     @property
-    def is_withdrawal(self) -> bool:
+    def is_withdrawn(self) -> bool:
         return not self.value
 
     @property
     def size_bytes(self) -> int:
-        return len(self.value) + len(self.subkey) + 256
+        """What a holder counts for it."""
+        return len(self.key) + len(self.subkey) + len(self.value) + limits.RECORD_OVERHEAD_BYTES
 
 
-def _signed_bytes(key: bytes, publisher: bytes, subkey: bytes, sequence: int, ttl_ms: int, value: bytes) -> bytes:
-    """Unambiguous: every variable field is preceded by its length."""
-    fields = (key, publisher, subkey, struct.pack(">QQ", sequence, ttl_ms), value)
-    return DOMAIN + b"".join(struct.pack(">I", len(field)) + field for field in fields)
+def location_of(key: bytes) -> bytes:
+    """Where a key lies among node ids; a peer id's bytes lie where that peer is."""
+    return hashlib.sha256(key).digest()
 
 
-def seal_record(identity: Identity, key: bytes, subkey: bytes, sequence: int, ttl_s: float, value: bytes) -> Record:
-    """A record of this node. Raises ValueError when it breaks a limit: our own mistake."""
-    ttl_ms = int(ttl_s * 1000)
-    _check_bounds(key, subkey, sequence, ttl_ms, value)
+def _signed_bytes(key: bytes, publisher: bytes, subkey: bytes, sequence: int, ttl_s: int, value: bytes) -> bytes:
+    packed: bytes = msgpack.packb([key, publisher, subkey, sequence, ttl_s, value])
+    return DOMAIN + packed
+
+
+def seal_record(identity: Identity, key: bytes, subkey: bytes, sequence: int, ttl_s: int, value: bytes) -> Record:
+    """Sign a record of our own. Raises LimitExceeded."""
+    if (
+        not 0 < len(key) <= limits.KEY_BYTES_MAX
+        or len(subkey) > limits.SUBKEY_BYTES_MAX
+        or len(value) > limits.VALUE_BYTES_MAX
+        or not 0 < ttl_s <= limits.TTL_S_MAX
+    ):
+        raise LimitExceeded("A record for the DHT is over its size limit, or lives longer than an hour.")
     publisher = identity.peer_id
-    signature = identity.sign(_signed_bytes(key, publisher.multihash, subkey, sequence, ttl_ms, value))
-    return Record(key, publisher, subkey, sequence, ttl_ms, value, signature, ttl_ms / 1000)
+    signature = identity.sign(_signed_bytes(key, publisher.multihash, subkey, sequence, ttl_s, value))
+    return Record(key, publisher, subkey, sequence, ttl_s, value, signature)
 
 
-def _check_bounds(key: bytes, subkey: bytes, sequence: int, ttl_ms: int, value: bytes) -> None:
-    if len(key) != limits.KEY_BYTES or len(subkey) > limits.SUBKEY_BYTES_MAX or len(value) > limits.VALUE_BYTES_MAX:
-        raise ValueError("a record's key, subkey or value is out of bounds")
-    if not 0 <= sequence <= SEQUENCE_MAX or not 0 < ttl_ms <= limits.TTL_S_MAX * 1000:
-        raise ValueError("a record's sequence or time to live is out of bounds")
+def encode_record(record: Record) -> bytes:
+    """Canonical msgpack of all fields."""
+    packed: bytes = msgpack.packb(
+        [
+            record.key,
+            record.publisher.multihash,
+            record.subkey,
+            record.sequence,
+            record.ttl_s,
+            record.value,
+            record.signature,
+        ]
+    )
+    return packed
 
 
-def encode_record(record: Record) -> list[object]:
-    """Plain values for msgpack. The last is the time left at this holder, which isn't signed and can only shorten."""
-    return [
-        record.key,
-        record.publisher.multihash,
-        record.subkey,
-        record.sequence,
-        record.ttl_ms,
-        record.value,
-        record.signature,
-        max(0, int(record.left_s * 1000)),
-    ]
-
-
-def decode_record(fields: object) -> Record:
-    """Check bounds and signature. Raises ProtocolViolation, whatever came."""
-    if not isinstance(fields, list) or len(fields) != 8:
-        raise ProtocolViolation("A peer sent a record of the wrong shape.")
-    key, publisher, subkey, sequence, ttl_ms, value, signature, left_ms = fields
-    if not all(isinstance(field, bytes) for field in (key, publisher, subkey, value, signature)):
-        raise ProtocolViolation("A peer sent a record of the wrong shape.")
-    if not all(type(field) is int for field in (sequence, ttl_ms, left_ms)):
-        raise ProtocolViolation("A peer sent a record of the wrong shape.")
+def decode_record(data: bytes) -> Record:
+    """A record whose signature is good. Raises ProtocolViolation."""
+    if len(data) > limits.RECORD_BYTES_MAX:
+        raise ProtocolViolation("A peer sent a DHT record over the size limit.")
     try:
-        _check_bounds(key, subkey, sequence, ttl_ms, value)
+        fields = msgpack.unpackb(
+            data, max_array_len=FIELDS, max_map_len=0, max_ext_len=0, max_str_len=0, max_bin_len=len(data)
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolViolation("A peer sent a DHT record that can't be read.") from error
+    if not isinstance(fields, list) or len(fields) != FIELDS:
+        raise ProtocolViolation("A peer sent a DHT record of another shape.")
+    key, publisher, subkey, sequence, ttl_s, value, signature = fields
+    if any(not isinstance(item, bytes) for item in (key, publisher, subkey, value, signature)):
+        raise ProtocolViolation("A peer sent a DHT record of other types.")
+    if type(sequence) is not int or type(ttl_s) is not int:
+        raise ProtocolViolation("A peer sent a DHT record of other types.")
+    if (
+        not 0 < len(key) <= limits.KEY_BYTES_MAX
+        or len(subkey) > limits.SUBKEY_BYTES_MAX
+        or len(value) > limits.VALUE_BYTES_MAX
+        or not 0 < ttl_s <= limits.TTL_S_MAX
+        or not 0 <= sequence <= limits.SEQUENCE_MAX
+        or len(signature) != SIGNATURE_BYTES
+    ):
+        raise ProtocolViolation("A peer sent a DHT record over a limit.")
+    try:
         peer = PeerId.from_bytes(publisher)
-    except (ValueError, InvalidAddress) as error:
-        raise ProtocolViolation(f"A peer sent a record that is out of bounds: {error}.") from error
-    if not verify(peer, signature, _signed_bytes(key, publisher, subkey, sequence, ttl_ms, value)):
-        raise ProtocolViolation("A peer sent a record with a wrong signature.")
-    return Record(key, peer, subkey, sequence, ttl_ms, value, signature, min(max(left_ms, 0), ttl_ms) / 1000)
+    except InvalidAddress as error:
+        raise ProtocolViolation("A peer sent a DHT record of nobody.") from error
+    if not verify(peer, signature, _signed_bytes(key, publisher, subkey, sequence, ttl_s, value)):
+        raise ProtocolViolation("A peer sent a DHT record with a wrong signature.")
+    return Record(key, peer, subkey, sequence, ttl_s, value, signature)
 
 
-def merge_records(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The newest of each slot, by sequence; of equal ones the one that lives longest. Withdrawals stay: readers drop them."""
-    newest: dict[tuple[bytes, bytes], Record] = {}
+def encode_records(records: Iterable[Record]) -> bytes:
+    """A msgpack list of encoded records."""
+    packed: bytes = msgpack.packb([encode_record(record) for record in records])
+    return packed
+
+
+def decode_records(data: bytes, count_max: int) -> list[Record | None]:
+    """Entry by entry: None for each bad one. Raises ProtocolViolation only when the list itself can't be read."""
+    try:
+        entries = msgpack.unpackb(
+            data, max_array_len=count_max, max_map_len=0, max_ext_len=0, max_str_len=0, max_bin_len=len(data)
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolViolation("A peer sent a list of DHT records that can't be read.") from error
+    if not isinstance(entries, list):
+        raise ProtocolViolation("A peer sent something else than a list of DHT records.")
+    return [_decode_or_none(entry) for entry in entries]
+
+
+def _decode_or_none(entry: object) -> Record | None:
+    try:
+        return decode_record(entry) if isinstance(entry, bytes) else None
+    except ProtocolViolation:
+        return None
+
+
+def merge(into: dict[RecordName, Record], records: Sequence[Record]) -> None:
+    """Keep the highest sequence of each name."""
     for record in records:
-        known = newest.get(record.slot)
-        if known is None or (record.sequence, record.left_s) > (known.sequence, known.left_s):
-            newest[record.slot] = record
-    return tuple(newest[slot] for slot in sorted(newest))
+        held = into.get(record.name)
+        if held is None or record.sequence > held.sequence:
+            into[record.name] = record

@@ -1,130 +1,149 @@
-"""What this node holds for others: bounded, expiring, merged by sequence. Pure.
+"""What a holder keeps for others: bounded by key, publisher, peer and bytes; expiring from receipt. Pure.
 
-Life is counted from receipt and never extended by a copy of the same version. A full key keeps records by the diversity of
-their publishers' address groups, then by age. Expiry is a heap, not a scan.
+A record's life begins when it was received and never grows: the same sequence again changes nothing. A full key keeps
+by diversity of address groups, then by age.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from overlay.dht import limits
-from overlay.dht.records import Record
+from overlay.dht.records import Record, RecordName
 
 
-class Outcome(Enum):
-    """What became of a store."""
+class Put(Enum):
+    """The outcome of offering a record; the values are on the wire."""
 
     STORED = "stored"
-    KNOWN = "known"
-    OLD = "old"
+    UNCHANGED = "unchanged"
+    STALE = "stale"
     FULL = "full"
     RATE = "rate"
+    INVALID = "invalid"
+    FOREIGN = "foreign"
+    """From somebody else than its publisher: stored only when the publisher confirms it."""
 
 
-@dataclass(slots=True)
-class _Held:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A record in the store."""
+
     record: Record
+    received: float
     expires: float
     group: str
-    since: float
-
-
-Slot = tuple[bytes, bytes]
+    serial: int
 
 
 class RecordStore:
-    """See the module. ``group`` names a publisher's address group, given by who knows its connection."""
+    """Records by key; `expire` costs what expires, not what is kept."""
 
     def __init__(self, *, bytes_max: int = limits.STORE_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
-        self._keys: dict[bytes, dict[Slot, _Held]] = {}
-        self._expiry: list[tuple[float, bytes, Slot]] = []
-        self._publishers: Counter[bytes] = Counter()
-        self._bytes = 0
-        self._rates: dict[bytes, tuple[float, int]] = {}
+        self._keys: dict[bytes, dict[RecordName, Held]] = {}
+        self._due: list[tuple[float, int, bytes, RecordName]] = []
+        self._per_publisher: Counter[bytes] = Counter()
+        self._serial = 0
+        self.size_bytes = 0
+        self.count = 0
 
-    def admit(self, peer: bytes, count: int, now: float) -> bool:
-        """Whether ``peer`` may store ``count`` more within this minute."""
-        since, used = self._rates.pop(peer, (now, 0))
-        if now - since >= 60:
-            since, used = now, 0
-        self._rates[peer] = (since, used + count)
-        while len(self._rates) > limits.PEERS_COUNTED:
-            del self._rates[next(iter(self._rates))]
-        return used + count <= limits.STORES_PER_PEER_MINUTE
+    def put(self, record: Record, now: float, group: str = "") -> Put:
+        """Offer a verified record that came from address group ``group``."""
+        self.expire(now)
+        held = self._keys.get(record.key, {}).get(record.name)
+        if held is not None and record.sequence <= held.record.sequence:
+            return Put.UNCHANGED if record.sequence == held.record.sequence else Put.STALE
+        freed = 0 if held is None else held.record.size_bytes
+        if self.size_bytes - freed + record.size_bytes > self._bytes_max:
+            return Put.FULL
+        if held is None:
+            if self._per_publisher[record.publisher.multihash] >= limits.RECORDS_PER_PUBLISHER_MAX:
+                return Put.FULL
+            if not self._has_room(record.key, group):
+                return Put.FULL
+        else:
+            self._remove(held)
+        self._serial += 1
+        new = Held(record, now, now + record.ttl_s, group, self._serial)
+        self._keys.setdefault(record.key, {})[record.name] = new
+        heapq.heappush(self._due, (new.expires, new.serial, record.key, record.name))
+        self._per_publisher[record.publisher.multihash] += 1
+        self.size_bytes += record.size_bytes
+        self.count += 1
+        self._compact()
+        return Put.STORED
 
-    def put(self, record: Record, group: str, now: float) -> Outcome:
-        """Hold a verified record until its own time is over."""
-        slots = self._keys.get(record.key, {})
-        held = slots.get(record.slot)
-        if held is not None and held.expires > now:
-            if record.sequence < held.record.sequence:
-                return Outcome.OLD
-            if record.sequence == held.record.sequence:
-                return Outcome.KNOWN
-        size = record.size_bytes - (held.record.size_bytes if held is not None else 0)
-        publisher = record.publisher.multihash
-        if held is None and self._publishers[publisher] >= limits.RECORDS_PER_PUBLISHER:
-            return Outcome.FULL
-        if self._bytes + size > self._bytes_max:
-            return Outcome.FULL
-        if held is None and len(slots) >= limits.RECORDS_PER_KEY and not self._make_room(record.key, slots, group):
-            return Outcome.FULL
-        if held is not None:
-            self._remove(record.key, record.slot)
-        expires = now + record.left_s
-        self._keys.setdefault(record.key, {})[record.slot] = _Held(record, expires, group, now)
-        self._publishers[publisher] += 1
-        self._bytes += record.size_bytes
-        heapq.heappush(self._expiry, (expires, record.key, record.slot))
-        return Outcome.STORED
-
-    def _make_room(self, key: bytes, slots: dict[Slot, _Held], group: str) -> bool:
-        """Drop the youngest record of the most crowded group, if that isn't the newcomer's own."""
-        crowds = Counter(held.group for held in slots.values())
-        crowded, count = max(crowds.items(), key=lambda item: (item[1], item[0]))
-        if count <= crowds[group] + 1:
+    def _has_room(self, key: bytes, group: str) -> bool:
+        """Room under a key, made if need be: the youngest record of the largest group gives way to a rarer group."""
+        held = self._keys.get(key, {})
+        if len(held) < limits.RECORDS_PER_KEY_MAX:
+            return True
+        groups = Counter(entry.group for entry in held.values())
+        largest, count = max(groups.items(), key=lambda item: (item[1], item[0]))
+        if groups[group] + 2 > count:
             return False
-        youngest = max((held.since, slot) for slot, held in slots.items() if held.group == crowded)
-        self._remove(key, youngest[1])
+        self._remove(max((entry for entry in held.values() if entry.group == largest), key=lambda entry: entry.serial))
         return True
 
-    def get(self, key: bytes, now: float) -> tuple[Record, ...]:
-        """Live records of a key with the time that is left to each; withdrawals too, so that they win over older copies."""
-        return tuple(
-            replace(held.record, left_s=held.expires - now)
-            for held in self._keys.get(key, {}).values()
-            if held.expires > now
-        )
+    def _remove(self, held: Held) -> None:
+        record = held.record
+        names = self._keys[record.key]
+        del names[record.name]
+        if not names:
+            del self._keys[record.key]
+        publisher = record.publisher.multihash
+        self._per_publisher[publisher] -= 1
+        if self._per_publisher[publisher] <= 0:
+            del self._per_publisher[publisher]
+        self.size_bytes -= record.size_bytes
+        self.count -= 1
 
-    def keys(self) -> tuple[bytes, ...]:
-        return tuple(sorted(self._keys))
+    def _compact(self) -> None:
+        """Entries of replaced records stay in the heap until due; rebuild when they are most of it."""
+        if len(self._due) > 2 * self.count + 64:
+            self._due = [
+                (held.expires, held.serial, key, name)
+                for key, names in self._keys.items()
+                for name, held in names.items()
+            ]
+            heapq.heapify(self._due)
 
     def expire(self, now: float) -> None:
-        """Drop what is over."""
-        while self._expiry and self._expiry[0][0] <= now:
-            _, key, slot = heapq.heappop(self._expiry)
-            held = self._keys.get(key, {}).get(slot)
-            if held is not None and held.expires <= now:
-                self._remove(key, slot)
+        """Forget what is due."""
+        while self._due and self._due[0][0] <= now:
+            _, serial, key, name = heapq.heappop(self._due)
+            held = self._keys.get(key, {}).get(name)
+            if held is not None and held.serial == serial:
+                self._remove(held)
 
-    def _remove(self, key: bytes, slot: Slot) -> None:
-        slots = self._keys[key]
-        held = slots.pop(slot)
-        if not slots:
-            del self._keys[key]
-        self._bytes -= held.record.size_bytes
-        self._publishers[slot[0]] -= 1
-        if not self._publishers[slot[0]]:
-            del self._publishers[slot[0]]
+    def get(self, key: bytes, now: float) -> tuple[Record, ...]:
+        """Live records of a key, tombstones too, the oldest first."""
+        self.expire(now)
+        return tuple(held.record for held in self._keys.get(key, {}).values())
 
-    @property
-    def size_bytes(self) -> int:
-        return self._bytes
+    def sequence_of(self, record: Record) -> int | None:
+        """The held sequence under a record's name."""
+        held = self._keys.get(record.key, {}).get(record.name)
+        return None if held is None else held.record.sequence
 
-    def __len__(self) -> int:
-        return sum(len(slots) for slots in self._keys.values())
+
+class StoreRate:
+    """So many stores per peer and minute, as a bucket that refills; the longest unseen peer is forgotten first."""
+
+    def __init__(self, per_minute: int = limits.STORES_PER_PEER_PER_MINUTE) -> None:
+        self._per_minute = float(per_minute)
+        self._left: dict[bytes, tuple[float, float]] = {}
+
+    def admit(self, peer: bytes, now: float) -> bool:
+        """Whether one more store of ``peer`` may be looked at; counts it."""
+        left, then = self._left.pop(peer, (self._per_minute, now))
+        left = min(self._per_minute, left + (now - then) * self._per_minute / 60)
+        admitted = left >= 1
+        self._left[peer] = (left - 1 if admitted else left, now)
+        while len(self._left) > limits.PEERS_RATED_MAX:
+            self._left.pop(next(iter(self._left)))
+        return admitted

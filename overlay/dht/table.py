@@ -1,7 +1,7 @@
-"""Contacts and the routing table: `kademlia`'s buckets with exact neighbours, 256-bit ids, no clock and no network.
+"""The routing table: kademlia's buckets and table over 256-bit ids, with an exact neighbour search. Pure.
 
-Admission is the caller's: only peers that were authenticated, serve the DHT and answered. Here are the limits on address groups
-(an eclipse needs addresses, ids are free) and the question whom to ping when a bucket is full. Pure.
+Whoever adds a contact has had an authenticated answer from it. A full bucket names the contact to ask whether it is still
+there; this file owns no network. At most a few contacts of one address group enter a bucket and the table.
 """
 
 from __future__ import annotations
@@ -9,139 +9,154 @@ from __future__ import annotations
 import hashlib
 import heapq
 import ipaddress
-from collections import Counter
-from itertools import chain
+from collections.abc import Sequence
 from typing import cast
 
-from kademlia.node import Node
+from kademlia.node import Node, NodeHeap
 from kademlia.routing import KBucket, RoutingTable
 
 from overlay.dht import limits
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
 
-ID_BITS = 256
-
 
 def node_id_of(peer: PeerId) -> bytes:
-    """SHA-256 of the peer id: an id can't be chosen without its key."""
+    """An id is bound to its key: nobody chooses it freely."""
     return hashlib.sha256(peer.multihash).digest()
 
 
-def address_group(address: Multiaddr | None) -> str:
-    """/24 or /48 of an address; loopback and private ones are a group for each port, since they prove nothing."""
-    host = "" if address is None else address.host or ""
+def group_of(address: Multiaddr | None, *, exempt_private: bool) -> str:
+    """/24 or /48 of an address; empty for names, and for private ones where those are exempt."""
+    if address is None or (exempt_private and address.is_loopback_or_private):
+        return ""
     try:
-        parsed = ipaddress.ip_address(host)
+        parsed = ipaddress.ip_address(address.host or "")
     except ValueError:
-        return host
-    if not parsed.is_global:
-        return f"{host}/{address.port if address is not None else 0}"
-    prefix = 24 if parsed.version == 4 else 48
-    return str(ipaddress.ip_network((parsed, prefix), strict=False))
+        return ""
+    return str(ipaddress.ip_network((parsed, 24 if parsed.version == 4 else 48), strict=False))
 
 
-class Target(Node):  # type: ignore[misc]
-    """A point of the key space that is looked for."""
+class Contact(Node):
+    """A peer in the id space."""
 
-    def __init__(self, identifier: bytes) -> None:
-        super().__init__(identifier)
-
-
-class Contact(Target):
-    """A peer of the DHT."""
-
-    def __init__(self, peer: PeerId, addresses: tuple[Multiaddr, ...]) -> None:
+    def __init__(self, peer: PeerId, addresses: Sequence[Multiaddr] = (), group: str = "") -> None:
         super().__init__(node_id_of(peer))
         self.peer = peer
-        self.addresses = addresses
-        self.failures = 0
-
-    @property
-    def group(self) -> str:
-        return address_group(self.addresses[0] if self.addresses else None)
+        self.addresses = tuple(addresses)[: limits.ADDRESSES_PER_CONTACT]
+        self.group = group
 
     def same_home_as(self, node: Node) -> bool:
+        """The base compares addresses, which are absent here and so would all be equal."""
         return bool(self.id == node.id)
 
+    def __repr__(self) -> str:
+        return f"Contact({self.peer})"
 
-class Bucket(KBucket):  # type: ignore[misc]
-    """A k-bucket without a clock."""
+
+class CandidateHeap(NodeHeap):
+    """The base's heap, bounded: only the nearest `CANDIDATES_MAX` are kept."""
+
+    def push(self, nodes: Node | list[Node]) -> None:
+        super().push(nodes)
+        if len(self.heap) > limits.CANDIDATES_MAX:
+            self.heap = heapq.nsmallest(limits.CANDIDATES_MAX, self.heap)
+
+
+class Bucket(KBucket):
+    """A bucket that reads no clock: `Table.queried` says when it was last asked about."""
 
     def touch_last_updated(self) -> None:
-        """Freshness is counted by who queries, with the clock that it was given."""
+        self.last_updated = 0.0
 
     def split(self) -> tuple[Bucket, Bucket]:
+        """Two halves; replacements stay candidates of their half."""
         low, high = self.range
         middle = (low + high) // 2
-        one, two = Bucket(low, middle, self.ksize), Bucket(middle + 1, high, self.ksize)
-        for node in chain(self.nodes.values(), self.replacement_nodes.values()):
-            (one if node.long_id <= middle else two).add_node(node)
-        return one, two
+        halves = Bucket(low, middle, self.ksize), Bucket(middle + 1, high, self.ksize)
+        for nodes in (self.nodes, self.replacement_nodes):
+            for node in nodes.values():
+                halves[0 if node.long_id <= middle else 1].add_node(node)
+        for half in halves:
+            half.last_updated = self.last_updated
+        return halves
+
+    @property
+    def prefix_bits(self) -> int:
+        """How many leading bits the bucket's range fixes."""
+        return int(limits.ID_BITS - (self.range[1] - self.range[0]).bit_length())
 
 
-class Table(RoutingTable):  # type: ignore[misc]
-    """See the module."""
+class Table(RoutingTable):
+    """Contacts by distance from us."""
 
-    def __init__(self, own: Target, ksize: int = limits.KSIZE) -> None:
-        super().__init__(None, ksize, own)
+    def __init__(self, node: Contact, ksize: int = limits.KSIZE) -> None:
+        super().__init__(None, ksize, node)
 
     def flush(self) -> None:
-        self.buckets = [Bucket(0, 2**ID_BITS - 1, self.ksize)]
+        """Start empty. The range is inclusive at both ends."""
+        self.buckets = [Bucket(0, 2**limits.ID_BITS - 1, self.ksize)]
 
     def get_bucket_for(self, node: Node) -> int:
-        return next(index for index, bucket in enumerate(self.buckets) if node.long_id <= bucket.range[1])
+        """The bucket whose inclusive range holds the id (the base errs at a range's upper end)."""
+        low, high = 0, len(self.buckets) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if node.long_id > self.buckets[middle].range[1]:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
-    def contacts(self) -> list[Contact]:
-        """Everybody, bucket by bucket."""
-        return [cast(Contact, node) for bucket in self.buckets for node in bucket.nodes.values()]
-
-    def find(self, peer: PeerId) -> Contact | None:
-        target = Target(node_id_of(peer))
-        return cast("Contact | None", self.buckets[self.get_bucket_for(target)][target.id])
-
-    def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[Contact]:
-        """The exact ``k`` closest contacts; serving a question touches nothing."""
-        left_out = {node.id} | ({exclude.id} if exclude is not None else set())
-        candidates = (contact for contact in self.contacts() if contact.id not in left_out)
-        return heapq.nsmallest(k or self.ksize, candidates, key=node.distance_to)
-
-    def offer(self, contact: Contact) -> Contact | None:
-        """Admit a contact that just answered. Returns one to ping when its bucket is full: the least recently seen."""
-        if contact.id == self.node.id:
+    def add_contact(self, node: Contact) -> Contact | None:
+        """Add or renew a contact; where its bucket is full, the contact to ask whether it still answers."""
+        if node.id == self.node.id or not self._is_diverse(node):
             return None
         while True:
-            bucket = self.buckets[self.get_bucket_for(contact)]
-            known = cast("Contact | None", bucket[contact.id])
-            if known is None and self._is_crowded(contact, bucket):
+            index = self.get_bucket_for(node)
+            bucket = self.buckets[index]
+            if bucket.add_node(node):
                 return None
-            if bucket.add_node(contact):
-                return None
-            if not bucket.has_in_range(self.node) or len(self.buckets) >= limits.BUCKETS_MAX:
-                return cast(Contact, bucket.head())
-            self.split_bucket(self.buckets.index(bucket))
+            if len(self.buckets) >= limits.BUCKETS_MAX or not self._may_split(cast("Bucket", bucket)):
+                head: Contact = bucket.head()
+                return head
+            self.split_bucket(index)
 
-    def _is_crowded(self, contact: Contact, bucket: Bucket) -> bool:
-        everywhere = Counter(other.group for other in self.contacts())
-        here = Counter(cast(Contact, other).group for other in bucket.nodes.values())
-        group = contact.group
-        return everywhere[group] >= limits.CONTACTS_PER_GROUP_TABLE or here[group] >= limits.CONTACTS_PER_GROUP_BUCKET
+    def _may_split(self, bucket: Bucket) -> bool:
+        if bucket.prefix_bits >= limits.ID_BITS - 1:
+            return False
+        return bool(bucket.has_in_range(self.node)) or bucket.prefix_bits % limits.SPLIT_EVERY != 0
 
-    def answered(self, contact: Contact) -> None:
-        """It lives: to the tail of its bucket."""
-        known = self.find(contact.peer)
-        if known is not None:
-            known.failures = 0
-            self.buckets[self.get_bucket_for(known)].add_node(known)
+    def _is_diverse(self, node: Contact) -> bool:
+        if not node.group or self.get(node.id) is not None:
+            return True
+        bucket = self.buckets[self.get_bucket_for(node)]
+        in_bucket = sum(1 for other in bucket.nodes.values() if other.group == node.group)
+        in_table = sum(1 for other in self.contacts() if other.group == node.group)
+        return in_bucket < limits.CONTACTS_PER_GROUP_AND_BUCKET and in_table < limits.CONTACTS_PER_GROUP
 
-    def failed(self, contact: Contact) -> None:
-        """It did not answer: after `FAILURES_TO_FORGET` times in a row it goes."""
-        known = self.find(contact.peer)
-        if known is not None:
-            known.failures += 1
-            if known.failures >= limits.FAILURES_TO_FORGET:
-                self.remove_contact(known)
+    def contacts(self) -> list[Contact]:
+        """All of them, bucket by bucket."""
+        return [node for bucket in self.buckets for node in bucket.nodes.values()]
 
-    def stale_targets(self, queried: dict[int, float], now: float, every_s: float) -> list[int]:
-        """Indices of buckets that nobody here has queried for ``every_s``."""
-        return [index for index in range(len(self.buckets)) if now - queried.get(index, float("-inf")) >= every_s]
+    def get(self, node_id: bytes) -> Contact | None:
+        """The contact of that id."""
+        bucket = self.buckets[self.get_bucket_for(Node(node_id))]
+        found: Contact | None = bucket.nodes.get(node_id)
+        return found
+
+    def __len__(self) -> int:
+        return sum(len(bucket) for bucket in self.buckets)
+
+    def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[Contact]:
+        """The exact ``k`` nearest (the base's walk finds half of them)."""
+        unwanted = {node.id} if exclude is None else {node.id, exclude.id}
+        found = (contact for contact in self.contacts() if contact.id not in unwanted)
+        return heapq.nsmallest(k or self.ksize, found, key=node.distance_to)
+
+    def queried(self, node: Node, now: float) -> None:
+        """We looked for an id: its bucket is fresh."""
+        self.buckets[self.get_bucket_for(node)].last_updated = now
+
+    def stale_ranges(self, before: float) -> list[tuple[int, int]]:
+        """Ranges of buckets that we haven't looked into since ``before``."""
+        return [bucket.range for bucket in self.buckets if bucket.last_updated < before]

@@ -183,11 +183,9 @@ class MessageChannel:
         self._end(error)
 
     def _fail(self, error: PeerdError) -> None:
-        receiver = self._receiver
         self._end(error)
         if self.stream.error is None:
             self.stream.reset(error.code)
-        assert receiver is None or self._receiver is None
 
     def _end(self, error: PeerdError | None) -> None:
         if self._ended:

@@ -1,0 +1,232 @@
+"""`/peerd/dht/1`: find_node, find_value, store and ping as unary calls, both sides.
+
+Validates every answer entry by entry: a bad entry is dropped, not the answer; a call never raises (None is no answer).
+What is kept and who is known belongs to the node; this file asks it through `DhtPeer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from kademlia.node import Node
+
+from overlay.dht import limits
+from overlay.dht.lookup import Found
+from overlay.dht.records import Record, decode_records, encode_records
+from overlay.dht.store import Put
+from overlay.dht.table import Contact, group_of
+from overlay.errors import DialError, InvalidAddress, PeerdError, ProtocolRefused, ProtocolViolation
+from overlay.host import Host
+from overlay.identity import PeerId, decode_address_or_none
+from overlay.multiaddr import Multiaddr
+from overlay.rpc.types import Message, Part
+from overlay.rpc.unary import call, serve_unary
+
+log = logging.getLogger(__name__)
+
+DHT = "/peerd/dht/1"
+RECORDS_PART = "records"
+
+
+class DhtPeer(Protocol):
+    """What the wire asks of the node behind it."""
+
+    def closest(self, target: Node, asker: PeerId) -> list[Contact]: ...
+    def records_of(self, key: bytes) -> Sequence[Record]: ...
+    def offer(self, record: Record | None, sender: PeerId) -> tuple[Put, int]: ...
+    def heard_from(self, peer: PeerId) -> None:
+        """An authenticated request came in."""
+
+    def call_ended(self, contact: Contact, error: PeerdError | None) -> None:
+        """A call of ours was answered, or failed."""
+
+
+class DhtProtocol:
+    """The node's methods on the wire, and its calls to others."""
+
+    def __init__(self, host: Host, peer: DhtPeer, *, exempt_private: bool) -> None:
+        self._host = host
+        self._peer = peer
+        self._exempt_private = exempt_private
+        self.calls = 0
+        self.failures = 0
+
+    def serve(self) -> None:
+        """Answer others: makes this node a DHT server, since identify lists the protocol."""
+        serve_unary(
+            self._host,
+            DHT,
+            {
+                "ping": self._answer_ping,
+                "find_node": self._answer_find_node,
+                "find_value": self._answer_find_value,
+                "store": self._answer_store,
+            },
+            message_bytes_max=limits.MESSAGE_BYTES_MAX,
+        )
+
+    # --- answers ---
+
+    async def _answer_ping(self, peer: PeerId, _: Message) -> Message:
+        self._peer.heard_from(peer)
+        return Message("pong", {})
+
+    async def _answer_find_node(self, peer: PeerId, request: Message) -> Message:
+        target = request.header.get("target")
+        if not isinstance(target, bytes) or len(target) != limits.ID_BYTES:
+            raise ProtocolViolation("A DHT request names no target.")
+        self._peer.heard_from(peer)
+        return Message("nodes", {"nodes": self._describe(target, peer)})
+
+    async def _answer_find_value(self, peer: PeerId, request: Message) -> Message:
+        key, target = request.header.get("key"), request.header.get("target")
+        if not isinstance(key, bytes) or not 0 < len(key) <= limits.KEY_BYTES_MAX:
+            raise ProtocolViolation("A DHT request names no key.")
+        if not isinstance(target, bytes) or len(target) != limits.ID_BYTES:
+            raise ProtocolViolation("A DHT request names no target.")
+        self._peer.heard_from(peer)
+        packed = encode_records(self._peer.records_of(key))
+        return Message("value", {"nodes": self._describe(target, peer)}, (_records_part(packed),))
+
+    async def _answer_store(self, peer: PeerId, request: Message) -> Message:
+        self._peer.heard_from(peer)
+        records = decode_records(_records_bytes(request), limits.STORE_RECORDS_MAX)
+        outcomes = [self._peer.offer(record, peer) for record in records]
+        return Message("stored", {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]})
+
+    def _describe(self, target: bytes, asker: PeerId) -> list[list[Any]]:
+        return [
+            [contact.peer.multihash, [address.encode() for address in self._addresses(contact)]]
+            for contact in self._peer.closest(Node(target), asker)
+        ]
+
+    def _addresses(self, contact: Contact) -> tuple[Multiaddr, ...]:
+        known = self._host.address_book.addresses(contact.peer, self._host.ports.clock.now())
+        return (known or contact.addresses)[: limits.ADDRESSES_PER_CONTACT]
+
+    # --- calls ---
+
+    async def call_ping(self, contact: Contact) -> bool:
+        """Whether the peer answers, and serves the DHT."""
+        return await self._call(contact, Message("ping", {})) is not None
+
+    async def call_find_node(self, contact: Contact, target: Node) -> Found | None:
+        """Nodes near ``target`` that the peer knows."""
+        answer = await self._call(contact, Message("find_node", {"target": target.id}))
+        return None if answer is None else Found(self._read_nodes(answer.header, contact.peer))
+
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
+        """What the peer holds under ``key``, and nodes nearer to it."""
+        answer = await self._call(contact, Message("find_value", {"key": key, "target": target.id}))
+        if answer is None:
+            return None
+        try:
+            entries = decode_records(_records_bytes(answer), limits.RECORDS_PER_KEY_MAX + limits.PUBLISHED_MAX)
+        except ProtocolViolation as error:
+            self._peer.call_ended(contact, error)
+            return None
+        records = tuple(record for record in entries if record is not None and record.key == key)
+        return Found(self._read_nodes(answer.header, contact.peer), records)
+
+    async def call_store(self, contact: Contact, records: Sequence[Record]) -> list[tuple[Put, int]]:
+        """One outcome and held sequence per record; empty when the peer didn't answer."""
+        part = _records_part(encode_records(records))
+        answer = await self._call(contact, Message("store", {}, (part,)))
+        listed = None if answer is None else answer.header.get("outcomes")
+        if not isinstance(listed, list) or len(listed) != len(records):
+            return []
+        return [_read_outcome(entry) for entry in listed]
+
+    async def _call(self, contact: Contact, message: Message) -> Message | None:
+        self.calls += 1
+        try:
+            answer = await call(
+                self._host,
+                contact.peer,
+                DHT,
+                message,
+                timeout_s=self._timeout_s(contact.peer),
+                addresses=contact.addresses,
+                message_bytes_max=limits.MESSAGE_BYTES_MAX,
+            )
+        except PeerdError as error:
+            self.failures += 1
+            log.debug("dht %s to %s failed: %s", message.kind, contact.peer.short, error)
+            self._peer.call_ended(contact, error)
+            return None
+        self._peer.call_ended(contact, None)
+        return answer
+
+    def _timeout_s(self, peer: PeerId) -> float:
+        connection = self._host.connection(peer)
+        if connection is None:
+            return limits.RPC_DIAL_TIMEOUT_S
+        rtt_s = connection.rtt_s
+        if rtt_s is None:
+            return limits.RPC_TIMEOUT_MAX_S
+        return min(limits.RPC_TIMEOUT_MAX_S, limits.RPC_TIMEOUT_MIN_S + 3 * rtt_s)
+
+    def _read_nodes(self, header: Mapping[str, Any], source: PeerId) -> tuple[Contact, ...]:
+        """Good entries only; private addresses only from a peer that is itself at one."""
+        listed = header.get("nodes")
+        if not isinstance(listed, list):
+            return ()
+        connection = self._host.connection(source)
+        remote = None if connection is None else connection.remote_address
+        trusts_private = remote is not None and remote.is_loopback_or_private
+        found: dict[bytes, Contact] = {}
+        for entry in listed[: limits.KSIZE]:
+            contact = self._read_node(entry, trusts_private=trusts_private)
+            if contact is not None and contact.peer not in (self._host.peer_id, source):
+                found.setdefault(contact.id, contact)
+        return tuple(found.values())
+
+    def _read_node(self, entry: object, *, trusts_private: bool) -> Contact | None:
+        if not isinstance(entry, list) or len(entry) != 2:
+            return None
+        raw_peer, raw_addresses = entry
+        if not isinstance(raw_peer, bytes) or not isinstance(raw_addresses, list):
+            return None
+        try:
+            peer = PeerId.from_bytes(raw_peer)
+        except InvalidAddress:
+            return None
+        decoded = [
+            decode_address_or_none(raw)
+            for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT]
+            if isinstance(raw, bytes)
+        ]
+        addresses = [
+            address
+            for address in decoded
+            if address is not None and address.is_tcp and (trusts_private or not address.is_loopback_or_private)
+        ]
+        if not addresses:
+            return None
+        return Contact(peer, addresses, group_of(addresses[0], exempt_private=self._exempt_private))
+
+
+def is_gone(error: PeerdError) -> bool:
+    """Whether an error says that the peer is no DHT server now, rather than that it was slow once."""
+    return isinstance(error, DialError | ProtocolRefused | ProtocolViolation)
+
+
+def _records_part(packed: bytes) -> Part:
+    return Part(RECORDS_PART, "uint8", (len(packed),), packed)
+
+
+def _records_bytes(message: Message) -> bytes:
+    if len(message.parts) != 1 or message.parts[0].name != RECORDS_PART:
+        raise ProtocolViolation("A DHT message carries no records.")
+    return bytes(message.parts[0].data)
+
+
+def _read_outcome(entry: object) -> tuple[Put, int]:
+    if isinstance(entry, list) and len(entry) == 2:
+        code, sequence = entry
+        if isinstance(code, str) and type(sequence) is int and 0 <= sequence < limits.SEQUENCE_MAX:
+            known = {put.value: put for put in Put}
+            return known.get(code, Put.INVALID), sequence
+    return Put.INVALID, 0

@@ -1,0 +1,110 @@
+"""Our own records: sequence numbers, tombstones, and when each is due to be published again. Pure.
+
+A record is published on change and at half its life; who holds it is remembered, so that a contact nearer to its key
+than the farthest holder gets it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from overlay.dht import limits
+from overlay.dht.records import Record, location_of, seal_record
+from overlay.dht.table import Contact
+from overlay.errors import LimitExceeded
+from overlay.identity import Identity
+
+
+@dataclass(slots=True)
+class Publication:
+    """One (key, subkey) of ours."""
+
+    record: Record
+    due: float
+    expires: float
+    holders: dict[bytes, int] = field(default_factory=dict)
+    """Node ids that took this very record, and their distance to the key."""
+    ever_offered: bool = False
+
+    @property
+    def location(self) -> bytes:
+        return location_of(self.record.key)
+
+
+class Publications:
+    """All of ours, by (key, subkey)."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._entries: dict[tuple[bytes, bytes], Publication] = {}
+        self._last_sequence = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def set(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float, now: float, wall_s: float) -> Publication:
+        """A new value (empty withdraws) under a new sequence. Raises LimitExceeded."""
+        name = (key, subkey)
+        if name not in self._entries and len(self._entries) >= limits.PUBLISHED_MAX:
+            raise LimitExceeded(f"At most {limits.PUBLISHED_MAX} records are published by one node.")
+        life_s = max(1, min(limits.TTL_S_MAX, round(ttl_s)))
+        self._last_sequence = max(self._last_sequence + 1, int(wall_s * 1000))
+        record = seal_record(self._identity, key, subkey, self._last_sequence, life_s, value)
+        before = self._entries.get(name)
+        publication = Publication(record, now, now + life_s, ever_offered=before is not None)
+        self._entries[name] = publication
+        return publication
+
+    def get(self, key: bytes, subkey: bytes) -> Publication | None:
+        return self._entries.get((key, subkey))
+
+    def is_current(self, publication: Publication) -> bool:
+        """Whether no newer value replaced it."""
+        record = publication.record
+        return self._entries.get((record.key, record.subkey)) is publication
+
+    def overtaken(self, sequence: int) -> None:
+        """A holder has a later record of ours, from before our wall clock was set back: go on from there."""
+        self._last_sequence = max(self._last_sequence, min(sequence, limits.SEQUENCE_MAX - 2**32))
+
+    def records_of(self, key: bytes) -> list[Record]:
+        """What we publish under a key, tombstones too."""
+        return [entry.record for (found, _), entry in self._entries.items() if found == key]
+
+    def due(self, now: float) -> list[Publication]:
+        """Those to send out now; tombstones that have outlived what they withdraw are forgotten."""
+        for name, entry in list(self._entries.items()):
+            if entry.record.is_withdrawn and now >= entry.expires:
+                del self._entries[name]
+        return [entry for entry in self._entries.values() if now >= entry.due]
+
+    def renewed(self, publication: Publication, now: float, wall_s: float) -> Publication:
+        """The same value under a new sequence, once it has been out: the same sequence renews nothing at holders."""
+        record = publication.record
+        if record.is_withdrawn or not publication.ever_offered:
+            return publication
+        return self.set(record.key, record.subkey, record.value, record.ttl_s, now, wall_s)
+
+    def offered(self, publication: Publication, holders: list[Contact], now: float) -> None:
+        """Those contacts hold it now: due again at half its life, or soon when nobody took it."""
+        for contact in holders:
+            self.handed_over(publication, contact)
+        publication.ever_offered = bool(holders) or publication.ever_offered
+        half = publication.record.ttl_s / 2
+        publication.due = now + (half if holders else min(half, limits.REPUBLISH_RETRY_S))
+
+    def handed_over(self, publication: Publication, contact: Contact) -> None:
+        """That contact holds it."""
+        publication.holders[contact.id] = contact.long_id ^ int.from_bytes(publication.location, "big")
+        publication.ever_offered = True
+
+    def wanted_by(self, contact: Contact, ksize: int) -> list[Publication]:
+        """What a new contact should hold: it is nearer than the farthest holder, or there are too few."""
+        wanted = []
+        for entry in self._entries.values():
+            if contact.id in entry.holders:
+                continue
+            distance = contact.long_id ^ int.from_bytes(entry.location, "big")
+            if len(entry.holders) < ksize or distance < max(entry.holders.values()):
+                wanted.append(entry)
+        return wanted[: limits.STORE_RECORDS_MAX]
