@@ -40,10 +40,12 @@ class Frame:
 
 def encode_header(message: Message, sender: bytes, recipient: bytes) -> bytes:
     """The msgpack map that is sent and signed. Raises ValueError when our own message breaks a limit."""
-    fields: dict[str, Any] = {"k": message.kind, "f": sender, "t": recipient}
+    fields: dict[str, Any] = dict(message.header)  # of a message that is passed on, it holds this layer's fields too
+    fields["k"], fields["f"], fields["t"] = message.kind, sender, recipient
     if message.parts:
         fields["p"] = [[part.name, part.dtype, part.shape] for part in message.parts]
-    fields.update(message.header)
+    else:
+        fields.pop("p", None)
     packed: bytes = msgpack.packb(fields)
     if len(packed) > limits.HEADER_BYTES_MAX or len(message.parts) > limits.PARTS_MAX:
         raise ValueError(f"a {message.kind} message is over the limits of a frame")
