@@ -20,7 +20,7 @@ from overlay.rpc.codec import Codec, decode_planes, encode_part
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
 
 PREFIX = struct.Struct(">BBHIQ")
-PART_ENTRY = struct.Struct(">B3xII")
+PART_ENTRY = struct.Struct(">BBHII")
 FLAG_SIGNED, FLAG_END = 1, 2
 FLAGS_KNOWN = 3
 UNDERSTOOD = frozenset(("k", "f", "t", "p", "nonce", "budget_ms"))
@@ -71,7 +71,7 @@ def encode_frame(
         codec = Codec.RAW if choose is None else choose(part)
         body = encode_part(part, codec)
         size = part.size_bytes
-        head += PART_ENTRY.pack(codec, size if codec is Codec.RAW else len(body), size)
+        head += PART_ENTRY.pack(codec, 0, 0, size if codec is Codec.RAW else len(body), size)
         bodies.append(body)
     return [bytes(head) + header, *bodies]
 
@@ -164,10 +164,12 @@ class FrameDecoder:
             offset = limits.SIGNATURE_BYTES
         total = 0
         for index in range(self._part_count):
-            codec, encoded, decoded = PART_ENTRY.unpack_from(data, offset + index * PART_ENTRY.size)
+            codec, zero, zeros, encoded, decoded = PART_ENTRY.unpack_from(data, offset + index * PART_ENTRY.size)
             total += max(encoded, decoded)
             if max(encoded, decoded) > limits.PART_BYTES_MAX or total > self._message_bytes_max:
                 raise ProtocolViolation("A peer sent a tensor over the size limit.")
+            if zero or zeros:
+                raise ProtocolViolation("A peer fills what the format reserves.")
             if codec not in (Codec.RAW, Codec.PLANES_ZSTD) or (codec == Codec.RAW and encoded != decoded):
                 raise ProtocolViolation("A peer sent a tensor in an unknown codec.")
             self._entries.append((codec, encoded, decoded))

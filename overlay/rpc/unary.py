@@ -74,7 +74,9 @@ def serve_unary(
             budget_ms / 1000 if isinstance(budget_ms, int) and 0 < budget_ms < 3_600_000 else limits.CALL_TIMEOUT_S
         )
         answer = await _answer(methods.get(request.kind), stream.remote_peer, request, budget_s)
-        fresh = replace(answer, header={**answer.header, "nonce": nonce}, header_bytes=None, signature=None)
+        fresh = replace(
+            answer, header={**answer.header, "nonce": nonce}, recipient=b"", header_bytes=None, signature=None
+        )
         await channel.send_and_drain(fresh, end=True)
         channel.close()
 

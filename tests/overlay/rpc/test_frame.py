@@ -85,9 +85,9 @@ def test_any_bytes_are_taken_or_refused_and_a_broken_decoder_stays_broken(data: 
 @pytest.mark.parametrize("prefix", [
     PREFIX.pack(2, 1, 0, 10, 0), PREFIX.pack(1, 8, 0, 10, 0), PREFIX.pack(1, 0, 17, 10, 0),
     PREFIX.pack(1, 0, 0, limits.HEADER_BYTES_MAX + 1, 0), PREFIX.pack(1, 0, 0, 0, 0),
-    PREFIX.pack(1, 0, 1, 10, 0) + PART_ENTRY.pack(0, 2**32 - 1, 2**32 - 1),
-    PREFIX.pack(1, 0, 3, 10, 0) + PART_ENTRY.pack(0, 1 << 26, 1 << 26) * 3,
-    PREFIX.pack(1, 0, 1, 10, 0) + PART_ENTRY.pack(9, 4, 4), PREFIX.pack(1, 0, 1, 10, 0) + PART_ENTRY.pack(0, 4, 8),
+    PREFIX.pack(1, 0, 1, 10, 0) + PART_ENTRY.pack(0, 0, 0, 2**32 - 1, 2**32 - 1),
+    PREFIX.pack(1, 0, 3, 10, 0) + PART_ENTRY.pack(0, 0, 0, 1 << 26, 1 << 26) * 3,
+    PREFIX.pack(1, 0, 1, 10, 0) + PART_ENTRY.pack(9, 0, 0, 4, 4), PREFIX.pack(1, 0, 1, 10, 0) + PART_ENTRY.pack(0, 0, 0, 4, 8),
 ], ids=["version", "flag", "parts", "long header", "no header", "huge part", "huge total", "codec", "raw sizes"])  # fmt: skip
 def test_sizes_over_their_limits_are_refused_before_a_byte_of_them_comes(prefix: bytes) -> None:
     with pytest.raises(ProtocolViolation):
