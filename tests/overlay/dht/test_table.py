@@ -1,0 +1,128 @@
+"""The routing table: exact neighbours, bounded groups, and who is asked when a bucket is full."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+
+import pytest
+from kademlia.node import Node
+
+from overlay.dht import limits
+from overlay.dht.lookup import Found, NodeLookup
+from overlay.dht.table import Contact, Table, group_of, node_id_of
+from overlay.multiaddr import Multiaddr
+from tests.overlay.network import identity
+
+
+def contact(number: int, group: str = "") -> Contact:
+    return Contact(identity(number).peer_id, (), group)
+
+
+def filled(count: int) -> Table:
+    table = Table(contact(1))
+    for number in range(2, count + 2):
+        table.add_contact(contact(number))
+    return table
+
+
+@pytest.mark.parametrize("target", range(1000, 1010))
+def test_neighbours_are_the_exact_closest_of_all_that_are_known(target: int) -> None:
+    table = filled(300)
+    wanted = Node(node_id_of(identity(target).peer_id))
+    everyone = table.contacts()
+    assert table.find_neighbors(wanted, 20) == heapq.nsmallest(20, everyone, key=wanted.distance_to)
+    excluded = everyone[0]
+    assert excluded not in table.find_neighbors(wanted, 500, exclude=excluded)
+    assert len(table.find_neighbors(wanted, 500, exclude=excluded)) == len(everyone) - 1
+
+
+def test_our_own_neighbourhood_is_kept_in_full() -> None:
+    table = filled(400)
+    own = table.node
+    nearest = heapq.nsmallest(10, (contact(n) for n in range(2, 402)), key=own.distance_to)
+    assert {found.id for found in nearest} <= {found.id for found in table.contacts()}
+
+
+def test_ourselves_never_enter_and_a_full_bucket_names_whom_to_ask() -> None:
+    table = filled(600)
+    assert table.add_contact(contact(1)) is None
+    assert table.get(contact(1).id) is None
+    asked = [found for number in range(700, 760) if (found := table.add_contact(contact(number))) is not None]
+    assert asked
+    assert all(table.get(found.id) is not None for found in asked)
+
+
+def test_one_address_group_gets_few_places() -> None:
+    table = Table(contact(1))
+    for number in range(2, 60):
+        table.add_contact(contact(number, "198.51.100.0/24"))
+    assert len(table.contacts()) <= limits.CONTACTS_PER_GROUP
+    for number in range(60, 100):
+        table.add_contact(contact(number, ""))
+    assert len(table.contacts()) > limits.CONTACTS_PER_GROUP
+
+
+def test_groups_are_networks_and_private_ones_can_be_exempt() -> None:
+    public = Multiaddr.parse("/ip4/8.8.4.4/tcp/1")
+    assert group_of(public, exempt_private=True) == "8.8.4.0/24"
+    assert group_of(Multiaddr.parse("/ip6/2600:1:2:3::4/tcp/1"), exempt_private=True) == "2600:1:2::/48"
+    private = Multiaddr.parse("/ip4/10.1.2.3/tcp/1")
+    assert group_of(private, exempt_private=True) == ""
+    assert group_of(private, exempt_private=False) == "10.1.2.0/24"
+
+
+class Crowd:
+    """A network of tables in memory; ``answer`` may lie."""
+
+    def __init__(self, count: int) -> None:
+        self.members = [contact(number) for number in range(1, count + 1)]
+        self.calls = 0
+
+    async def call_find_node(self, asked: Contact, target: Node) -> Found | None:
+        self.calls += 1
+        await asyncio.sleep(0)
+        return Found(tuple(heapq.nsmallest(20, self.members, key=target.distance_to)))
+
+    async def call_find_value(self, asked: Contact, key: bytes, target: Node) -> Found | None:
+        return await self.call_find_node(asked, target)
+
+
+class Dead(Crowd):
+    async def call_find_node(self, asked: Contact, target: Node) -> Found | None:
+        self.calls += 1
+        return None
+
+
+class EverNearer(Crowd):
+    """Always names new nodes, each nearer than the last: without bounds there is no end."""
+
+    async def call_find_node(self, asked: Contact, target: Node) -> Found | None:
+        self.calls += 1
+        await asyncio.sleep(0)
+        return Found(tuple(contact(10_000 + 20 * self.calls + index) for index in range(20)))
+
+
+def crawl(crowd: Crowd) -> tuple[list[Contact], Node]:
+    target = Node(node_id_of(identity(5000).peer_id))
+
+    async def main() -> list[Contact]:
+        return await NodeLookup(crowd, target, crowd.members[:3], 20, contact(9999).id).find()
+
+    return asyncio.run(main()), target
+
+
+def test_a_lookup_finds_the_closest_of_all() -> None:
+    crowd = Crowd(200)
+    found, target = crawl(crowd)
+    assert found == heapq.nsmallest(20, crowd.members, key=target.distance_to)
+
+
+def test_a_lookup_among_the_dead_ends_with_nobody() -> None:
+    assert crawl(Dead(10))[0] == []
+
+
+def test_a_lookup_that_is_led_on_ends_at_its_bound() -> None:
+    crowd = EverNearer(10)
+    crawl(crowd)
+    assert crowd.calls <= limits.LOOKUP_RPCS_MAX
