@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ class TcpTransport:
         try:
             transport, protocol = await asyncio.get_running_loop().create_connection(factory, host, port, family=family)
         except OSError as error:
-            raise DialError(f"Can't reach {address} ({error.strerror or error}); is the peer running?") from error
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise DialError(f"Can't reach {address} ({reason}); is the peer running?") from error
         _tune(transport.get_extra_info("socket"))
         return protocol
 
@@ -70,7 +72,8 @@ class TcpTransport:
                 if error.errno == errno.EADDRINUSE
                 else "check --listen"
             )
-            raise ListenError(f"Can't listen on {address} ({error.strerror or error}): {advice}.") from error
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ListenError(f"Can't listen on {address} ({reason}): {advice}.") from error
         names = [sock.getsockname() for sock in server.sockets]
         for sock in server.sockets:
             _tune(sock)
