@@ -94,12 +94,13 @@ class Node:
     async def run(self, ready: Ready) -> None:
         """From start to the end of a graceful stop. Raises the PeerdError that keeps the daemon from starting or serving."""
         incarnation = next_incarnation(self._storage)
-        self._device.start()
         try:
             async with AsyncExitStack() as stack:
                 await stack.enter_async_context(serving(self, self.config.paths.socket))
                 await stack.enter_async_context(self._host)
                 await self._listen()
+                # Only now: a start that fails at its socket or port ends at once, without waiting for torch's import.
+                self._device.start()
                 await stack.enter_async_context(self._dht)
                 await stack.enter_async_context(self._service)
                 self._pool = await stack.enter_async_context(
