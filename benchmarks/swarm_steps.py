@@ -137,13 +137,13 @@ def measure(name: str, model: str, directory: Path, blocks: int, work: Path) -> 
 
 def main() -> None:
     """Measure the tiny Llama and the demo model."""
-    from blocks.demo import DIRECTORY
+    from blocks.demo import MODEL_DIRECTORY
 
     with tempfile.TemporaryDirectory(prefix="peerd-bench-") as work_name:
         work = Path(work_name)
-        tiny = make_tiny("bench-llama", work / "tiny-llama", seed=0)
+        tiny = make_tiny("benchmark", work / "tiny-llama")
         measure("tiny Llama (hidden 256, 8 blocks, random)", str(tiny), tiny, 8, work / "tiny")
-        measure("demo model (12 blocks)", "demo", Path(DIRECTORY), 12, work / "demo")
+        measure("demo model (12 blocks)", "demo", Path(MODEL_DIRECTORY), 12, work / "demo")
 
 
 if __name__ == "__main__":
