@@ -36,6 +36,8 @@ CONTACTS_PER_GROUP_AND_BUCKET = 2
 CONTACTS_PER_GROUP = 10
 BUCKETS_MAX = 512
 ADDRESSES_PER_CONTACT = 8
+ADDRESS_BYTES_MAX = 300
+"""Longer ones are not passed on: k contacts with all their addresses must fit a message's header."""
 CONSIDERED_AT_ONCE = 16
 REFUSED_REMEMBERED_S = 30.0
 REFUSED_REMEMBERED_MAX = 1024

@@ -98,13 +98,13 @@ class DhtProtocol:
 
     def _describe(self, target: bytes, asker: PeerId) -> list[list[Any]]:
         return [
-            [contact.peer.multihash, [address.encode() for address in self._addresses(contact)]]
+            [contact.peer.multihash, _encode_addresses(self._addresses(contact))]
             for contact in self._peer.closest(Node(target), asker)
         ]
 
     def _addresses(self, contact: Contact) -> tuple[Multiaddr, ...]:
         known = self._host.address_book.addresses(contact.peer, self._host.ports.clock.now())
-        return (known or contact.addresses)[: limits.ADDRESSES_PER_CONTACT]
+        return known or contact.addresses
 
     # --- calls ---
 
@@ -206,6 +206,12 @@ class DhtProtocol:
         if not addresses:
             return None
         return Contact(peer, addresses, group_of(addresses[0], exempt_private=self._exempt_private))
+
+
+def _encode_addresses(addresses: Sequence[Multiaddr]) -> list[bytes]:
+    """A peer chooses its own addresses: oversized ones must not make our answers fail."""
+    encoded = [address.encode() for address in addresses]
+    return [raw for raw in encoded if len(raw) <= limits.ADDRESS_BYTES_MAX][: limits.ADDRESSES_PER_CONTACT]
 
 
 def is_gone(error: PeerdError) -> bool:

@@ -1,0 +1,148 @@
+"""What liars answer, and what becomes of holders that hold too little: real hosts, one of them hostile."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from overlay.dht import limits
+from overlay.dht.node import Dht, DhtConfig
+from overlay.dht.protocol import DHT
+from overlay.dht.records import encode_records, seal_record
+from overlay.dht.store import RecordStore
+from overlay.dht.table import Contact
+from overlay.host import Host
+from overlay.identity import PeerId
+from overlay.multiaddr import Multiaddr
+from overlay.rpc.types import Message, Part
+from overlay.rpc.unary import serve_unary
+from tests.overlay.dht.test_node import KEY, run_nodes, until_values, values
+from tests.overlay.network import LOOPBACK, identity, system_ports, until
+
+NOBODY_AT = Multiaddr.parse("/ip4/127.0.0.1/tcp/9").encode()
+STRANGERS = [[identity(number).peer_id.multihash, [NOBODY_AT]] for number in range(1000, 1003)]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        None,
+        7,
+        "nodes",
+        {},
+        [[]],
+        [[b"", []]],
+        [["text", [NOBODY_AT]]],
+        [[b"\x00" * 38, [NOBODY_AT]]],
+        [[STRANGERS[0][0], []]],
+        [[STRANGERS[0][0], [b"no address", 5, None]]],
+        [[STRANGERS[0][0], {"a": 1}], None, 3, "x", [1, 2, 3]],
+        STRANGERS * 100,
+        [[identity(1).peer_id.multihash, [NOBODY_AT]]],
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+@pytest.mark.parametrize("packed", [None, b"", b"\xc1", b"\x93\x01\xa1x\xc0", b"\x91\xc4\x02no"])
+def test_a_liar_among_the_closest_hides_nothing(nodes: Any, packed: bytes | None) -> None:
+    parts = () if packed is None else (Part("records", "uint8", (len(packed),), packed),)
+
+    async def lie(peer: PeerId, request: Message) -> Message:
+        return Message("value", {"nodes": nodes, "outcomes": nodes}, parts)
+
+    async def main() -> None:
+        async with asyncio.timeout(20), AsyncExitStack() as stack:
+            hosts = []
+            for number in (1, 2, 3):
+                hosts.append(await stack.enter_async_context(Host(identity(number), system_ports())))
+                await hosts[-1].listen(LOOPBACK)
+            serve_unary(hosts[2], DHT, dict.fromkeys(("ping", "find_node", "find_value", "store"), lie))
+            honest = await stack.enter_async_context(Dht(hosts[0], hosts[0].ports, DhtConfig()))
+            reader = await stack.enter_async_context(Dht(hosts[1], hosts[1].ports, DhtConfig()))
+            await honest.publish_and_wait(KEY, b"a", b"true", 60)
+            meetings = [(host.peer_id, host.addresses) for host in (hosts[0], hosts[2])]
+            assert await reader.bootstrap(meetings) == 2
+            assert await values(reader) == [b"true"]
+
+    asyncio.run(main())
+
+
+def test_contacts_with_huge_addresses_do_not_break_the_answers_that_name_them() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        huge = [
+            Multiaddr((("dns", "a" * 250), ("tcp", str(port)), *[("p2p", str(hosts[1].peer_id))] * 13))
+            for port in range(1, 1 + limits.ADDRESSES_PER_CONTACT)
+        ]
+        for number in range(100, 100 + limits.KSIZE):
+            nodes[0].call_ended(Contact(identity(number).peer_id, huge), None)
+        found = await nodes[1]._protocol.call_find_node(Contact(hosts[0].peer_id), Contact(hosts[1].peer_id))
+        assert found is not None
+
+    run_nodes(2, scene)
+
+
+def test_only_good_records_of_the_key_that_was_asked_for_are_read_from_an_answer() -> None:
+    good = seal_record(identity(50), KEY, b"a", 1, 60, b"good")
+    other = seal_record(identity(50), b"another key", b"a", 9, 60, b"of another key")
+    forged = encode_records([seal_record(identity(50), KEY, b"c", 1, 60, b"forged")]).replace(b"forged", b"FORGED")
+    packed = b"\x93" + encode_records([good])[1:] + encode_records([other])[1:] + forged[1:]
+
+    async def answer(peer: PeerId, request: Message) -> Message:
+        return Message("value", {"nodes": []}, (Part("records", "uint8", (len(packed),), packed),))
+
+    async def main() -> None:
+        async with asyncio.timeout(20), AsyncExitStack() as stack:
+            liar, host = (Host(identity(number), system_ports()) for number in (1, 2))
+            for each in (liar, host):
+                await stack.enter_async_context(each)
+                await each.listen(LOOPBACK)
+            serve_unary(liar, DHT, dict.fromkeys(("ping", "find_node", "find_value", "store"), answer))
+            reader = await stack.enter_async_context(Dht(host, host.ports, DhtConfig()))
+            await reader.bootstrap([(liar.peer_id, liar.addresses)])
+            assert await values(reader) == [b"good"]
+
+    asyncio.run(main())
+
+
+def test_a_holder_that_lost_a_record_is_told_and_takes_it_from_its_publisher() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await nodes[1].publish_and_wait(KEY, b"a", b"kept", 60)
+        forgetful = nodes[2]
+        forgetful._store = RecordStore()
+        assert await values(nodes[3]) == [b"kept"]
+        await until(lambda: forgetful.statistics().stored == 1)
+        (record,) = forgetful._store.get(KEY, hosts[2].ports.clock.now())
+        assert record.publisher == hosts[1].peer_id
+
+    run_nodes(4, scene)
+
+
+def test_an_old_version_brought_by_a_third_party_does_not_undo_a_withdrawal() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await nodes[1].publish_and_wait(KEY, b"a", b"old", 60)
+        (old,) = await nodes[3].get(KEY)
+        await nodes[1].withdraw(KEY, b"a")
+        nodes[2]._store = RecordStore()
+        nodes[2].offer(old, hosts[3].peer_id)
+        await until(lambda: nodes[2].statistics().stored == 1)
+        await until_values(nodes[3], [])
+        (held,) = nodes[2]._store.get(KEY, hosts[2].ports.clock.now())
+        assert held.is_withdrawn and held.sequence > old.sequence
+
+    run_nodes(4, scene)
+
+
+def test_who_asks_too_much_is_told_so_and_the_count_is_bounded() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        sender = hosts[1]
+        made = [
+            seal_record(sender.identity, KEY, bytes([number]), 1, 60, b"v")
+            for number in range(limits.STORES_PER_PEER_PER_MINUTE + 20)
+        ]
+        outcomes = [nodes[0].offer(record, sender.peer_id)[0].value for record in made]
+        assert outcomes.count("stored") <= limits.STORES_PER_PEER_PER_MINUTE
+        assert outcomes[-1] == "rate"
+
+    run_nodes(2, scene)
