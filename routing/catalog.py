@@ -1,18 +1,23 @@
 """Our index of live records: who serves which blocks of what. Pure.
 
-Records come verified from the DHT; one that names another peer than its publisher is refused here. A snapshot is immutable.
+Records come verified from the DHT; one that names another peer than its publisher is refused here. A record's life is counted from
+the first time that this very sequence was seen, so that reading it again never makes it older than it is. A lookup that misses a
+record doesn't end it: gaps of the DHT look like gaps of the swarm, and servers that believe them stampede (a known fault of Petals).
+A snapshot is immutable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from routing.errors import BadRecord
 from routing.records import SpanRecord, State, decode_record
 from routing.types import ComputeClass, ModelId, Span
 
 SERVERS_PER_MODEL_MAX = 4096
+MISSES_TO_FORGET = 2
+"""Lookups in a row without a record, after which it is taken as withdrawn though its time isn't over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,44 +63,91 @@ def runs(flags: tuple[bool, ...]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """One value under a key of the model, as the DHT gave it."""
+
+    publisher: bytes
+    sequence: int
+    ttl_s: float
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    record: SpanRecord
+    sequence: int
+    until: float
+    misses: int = 0
+
+
 class Catalog:
     """The newest record of every server and model."""
 
     def __init__(self) -> None:
-        self._records: dict[ModelId, dict[bytes, tuple[SpanRecord, float]]] = {}
+        self._entries: dict[ModelId, dict[bytes, _Entry]] = {}
+        self._own: dict[ModelId, SpanRecord] = {}
 
-    def replace(self, model: ModelId, found: Iterable[tuple[bytes, bytes, float]], now: float) -> int:
-        """Take what a lookup of one model brought: (publisher, value, seconds left). Returns how many were refused."""
+    def replace(self, model: ModelId, found: Iterable[Sighting], now: float) -> int:
+        """Take what one lookup of all keys of a model brought. Returns how many sightings were refused."""
+        known = self._entries.get(model, {})
+        newest: dict[bytes, Sighting] = {}
+        for sighting in found:
+            before = newest.get(sighting.publisher)
+            if before is None or sighting.sequence > before.sequence:
+                newest[sighting.publisher] = sighting
         refused = 0
-        fresh: dict[bytes, tuple[SpanRecord, float]] = {}
-        for publisher, value, left_s in found:
-            try:
-                record = decode_record(value)
-            except BadRecord:
+        fresh: dict[bytes, _Entry] = {}
+        for publisher in sorted(newest):
+            if len(fresh) >= SERVERS_PER_MODEL_MAX:
                 refused += 1
                 continue
-            if record.peer != publisher or record.model != model or len(fresh) >= SERVERS_PER_MODEL_MAX:
+            entry = _entry_of(newest[publisher], model, known.get(publisher), now)
+            if entry is None:
                 refused += 1
-                continue
-            fresh[publisher] = (record, now + left_s)
-        self._records[model] = fresh
+            else:
+                fresh[publisher] = entry
+        for publisher, entry in known.items():
+            if publisher not in newest and entry.misses + 1 < MISSES_TO_FORGET and len(fresh) < SERVERS_PER_MODEL_MAX:
+                fresh[publisher] = replace(entry, misses=entry.misses + 1)
+        self._entries[model] = fresh
         return refused
 
-    def put(self, record: SpanRecord, until: float) -> None:
-        """Take one record at once (our own)."""
-        self._records.setdefault(record.model, {})[record.peer] = (record, until)
+    def forget_others_than(self, models: Iterable[ModelId]) -> None:
+        """Drop models that nobody announces any more; our own records stay."""
+        kept = set(models)
+        self._entries = {model: entries for model, entries in self._entries.items() if model in kept}
 
-    def remove(self, model: ModelId, peer: bytes) -> None:
-        self._records.get(model, {}).pop(peer, None)
+    def put_own(self, record: SpanRecord) -> None:
+        """Our own record: it counts at once, whatever lookups still bring of it."""
+        self._own[record.model] = record
+
+    def remove_own(self, model: ModelId) -> None:
+        """Our own record goes at once, with what lookups brought of it."""
+        own = self._own.pop(model, None)
+        if own is not None:
+            self._entries.get(model, {}).pop(own.peer, None)
 
     def view(self, model: ModelId, blocks: int, now: float) -> ModelView:
         """A snapshot of one model."""
-        live = [record for record, until in self._records.get(model, {}).values() if until > now]
-        fitting = [record for record in live if record.span.end <= blocks]
+        live = {peer: entry.record for peer, entry in self._entries.get(model, {}).items() if entry.until > now}
+        if (own := self._own.get(model)) is not None:
+            live[own.peer] = own
+        fitting = [record for record in live.values() if record.span.end <= blocks]
         return ModelView(model, blocks, tuple(sorted(fitting, key=lambda found: (found.span, found.peer))))
 
-    def models(self) -> tuple[ModelId, ...]:
-        return tuple(sorted(self._records))
+
+def _entry_of(sighting: Sighting, model: ModelId, known: _Entry | None, now: float) -> _Entry | None:
+    """None for a record that can't be read, or that isn't about its publisher and this model."""
+    if known is not None and sighting.sequence <= known.sequence:
+        return replace(known, misses=0)
+    try:
+        record = decode_record(sighting.value)
+    except BadRecord:
+        return None
+    if record.peer != sighting.publisher or record.model != model:
+        return None
+    return _Entry(record, sighting.sequence, now + sighting.ttl_s)
 
 
 def neediest(views: Mapping[ModelId, ModelView]) -> ModelId | None:

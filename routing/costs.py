@@ -25,12 +25,22 @@ class Costs:
 
     link_s: LinkSeconds
     tokens: int = 0
+    least_link_s: float = 0.0
+    """No two peers are nearer than this: lets a plan stop looking early."""
+
+    def block_s(self, server: SpanRecord) -> float:
+        """One token through one block of a server."""
+        return server.step_s or DEFAULT_STEP_S
+
+    def entry_s(self, server: SpanRecord) -> float:
+        """What every visit to a server costs besides: its queue, and lack of room."""
+        room = server.free_tokens
+        crowded = CROWDED_PENALTY_S if room is not None and room < max(self.tokens, CROWDED_TOKENS) else 0.0
+        return server.queue_s + crowded
 
     def span_s(self, server: SpanRecord, span: Span) -> float:
-        """One token through ``span`` of a server, its queue and lack of room included."""
-        per_block = server.step_s or DEFAULT_STEP_S
-        crowded = CROWDED_PENALTY_S if 0 < server.free_tokens < max(self.tokens, CROWDED_TOKENS) else 0.0
-        return per_block * len(span) + server.queue_s + crowded
+        """One token through ``span`` of a server."""
+        return self.entry_s(server) + self.block_s(server) * len(span)
 
     def hop_s(self, sender: bytes, receiver: bytes) -> float:
         """One way between two peers; a node is near itself."""
@@ -38,6 +48,14 @@ class Costs:
             return 0.0
         measured = self.link_s(sender, receiver)
         return DEFAULT_LINK_S if measured is None else measured
+
+
+def least_link_s(servers: tuple[SpanRecord, ...], own: bytes, measured: Callable[[bytes], float | None]) -> float:
+    """The nearest that any two of ``servers`` are, as `link_table` prices them."""
+    told = [rtt for server in servers for _, rtt in server.neighbour_rtts]
+    here = any(server.peer == own for server in servers)
+    ours = [measured(server.peer) for server in servers if server.peer != own] if here else []
+    return min([DEFAULT_LINK_S, *(rtt / 2 for rtt in [*told, *ours] if rtt is not None)])
 
 
 def link_table(servers: tuple[SpanRecord, ...], own: bytes, measured: Callable[[bytes], float | None]) -> LinkSeconds:

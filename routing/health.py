@@ -68,6 +68,8 @@ class Health:
 
     def blame(self, peer: bytes, fault: Fault, now: float, edge: bytes | None = None) -> None:
         """``peer`` failed; with ``edge`` only its link to that peer did."""
+        if fault is Fault.EDGE and edge is None:
+            return  # a link whose other end nobody named is neither end's fault
         key = (peer, edge or b"")
         known = self._entries.pop(key, None)
         first = WRONG_BACKOFF_S if fault is Fault.WRONG else BACKOFF_MIN_S

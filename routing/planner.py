@@ -1,13 +1,13 @@
 """The route of a session: least expected time per token over (block, server). Pure.
 
-Dijkstra's algorithm over vertices (block reached, at whom): spans may be entered and left midway, links cost what was measured, and
-near ties are broken by a number from outside, so that a hundred clients don't pick the same chain.
+Dynamic programming over (block done, at whom), block by block: spans may be entered and left midway, links cost what was measured,
+and near ties are broken by a number from outside, so that a hundred clients don't pick the same chain. Exact for the costs given;
+a server is compared only with those that could still be cheaper to come from, so that hundreds of servers plan in milliseconds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,50 +64,86 @@ def _no_route(
     return BlocksUnserved(name, nobody) if nobody else BlocksPending(name, uncovered(usable))
 
 
+@dataclass(slots=True)
+class _Reach:
+    """The cheapest way to have just done a block at a server: what it costs, where this hop began, and the hop before."""
+
+    cost: float
+    server: SpanRecord
+    start: int
+    before: _Reach | None
+
+
 def _cheapest(
     blocks: int, servers: Sequence[SpanRecord], question: Question, costs: Costs, health: Health, now: float
 ) -> list[tuple[SpanRecord, Span]] | None:
-    starts: dict[int, list[SpanRecord]] = {}
+    prices = _Prices(servers, question, costs, health, now)
+    reached: list[_Reach] = []
+    for block in range(blocks):
+        reached = _advance(block, reached, [server for server in servers if block in server.span], prices)
+        if not reached:
+            return None
+    if not reached:
+        return None
+    last = min(
+        reached, key=lambda reach: (reach.cost + costs.hop_s(reach.server.peer, question.driver), reach.server.peer)
+    )
+    return _walk_back(last, blocks)
+
+
+class _Prices:
+    """What entering a server and each of its blocks costs in this plan."""
+
+    def __init__(
+        self, servers: Sequence[SpanRecord], question: Question, costs: Costs, health: Health, now: float
+    ) -> None:
+        self._driver, self._costs, self._health, self._now = question.driver, costs, health, now
+        self.least_link_s = costs.least_link_s
+        self.block: dict[bytes, float] = {}
+        self.entry: dict[bytes, float] = {}
+        for server in servers:
+            spread = 1 + NEAR_TIE * _fraction(question.salt, server.peer)
+            self.block[server.peer] = costs.block_s(server) * spread
+            avoided = AVOIDED_PENALTY_S if health.is_avoided(server.peer, now) else 0.0
+            self.entry[server.peer] = costs.entry_s(server) * spread + avoided
+
+    def link(self, before: _Reach | None, server: SpanRecord) -> float:
+        """From where the session is (None: the driver) to a server."""
+        at = self._driver if before is None else before.server.peer
+        avoided = AVOIDED_PENALTY_S if self._health.is_edge_avoided(at, server.peer, self._now) else 0.0
+        return self._costs.hop_s(at, server.peer) + avoided
+
+
+def _advance(block: int, reached: list[_Reach], servers: Sequence[SpanRecord], prices: _Prices) -> list[_Reach]:
+    """From the ends of block - 1 (cheapest first) to the ends of ``block``, cheapest first."""
+    staying = {reach.server.peer: reach for reach in reached}
+    advanced = []
     for server in servers:
-        for block in range(server.span.start, server.span.end):
-            starts.setdefault(block, []).append(server)
-    spread = {server.peer: 1 + NEAR_TIE * _fraction(question.salt, server.peer) for server in servers}
-    queue: list[tuple[float, int, int, bytes]] = [(0.0, 0, 0, question.driver)]
-    best: dict[tuple[int, bytes], float] = {(0, question.driver): 0.0}
-    came: dict[tuple[int, bytes], tuple[int, bytes, SpanRecord]] = {}
-    while queue:
-        cost, hops, block, at = heapq.heappop(queue)
-        if cost > best[block, at]:
-            continue
-        if block == blocks:
-            return _walk_back(came, block, at)
-        for server in starts.get(block, ()):
-            if server.peer == at and block > 0:
-                continue  # staying is what a longer span is for
-            link = costs.hop_s(at, server.peer)
-            if health.is_edge_avoided(at, server.peer, now):
-                link += AVOIDED_PENALTY_S
-            entry = cost + link + (AVOIDED_PENALTY_S if health.is_avoided(server.peer, now) else 0.0)
-            for end in range(block + 1, server.span.end + 1):
-                total = entry + costs.span_s(server, Span(block, end)) * spread[server.peer]
-                if end == blocks:
-                    total += costs.hop_s(server.peer, question.driver)
-                vertex = (end, server.peer)
-                if total < best.get(vertex, float("inf")):
-                    best[vertex] = total
-                    came[vertex] = (block, at, server)
-                    heapq.heappush(queue, (total, hops + 1, end, server.peer))
-    return None
+        peer = server.peer
+        best: _Reach | None = None
+        if (stay := staying.get(peer)) is not None:
+            best = _Reach(stay.cost + prices.block[peer], server, stay.start, stay.before)
+        entry = prices.entry[peer] + prices.block[peer]
+        for before in reached or (None,):
+            so_far = (0.0 if before is None else before.cost) + entry
+            if best is not None and so_far + prices.least_link_s >= best.cost:
+                break  # the others are dearer still
+            if before is not None and before.server.peer == peer:
+                continue
+            cost = so_far + prices.link(before, server)
+            if best is None or cost < best.cost:
+                best = _Reach(cost, server, block, before)
+        if best is not None:
+            advanced.append(best)
+    return sorted(advanced, key=lambda reach: (reach.cost, reach.server.peer))
 
 
-def _walk_back(
-    came: dict[tuple[int, bytes], tuple[int, bytes, SpanRecord]], block: int, at: bytes
-) -> list[tuple[SpanRecord, Span]]:
+def _walk_back(last: _Reach, end: int) -> list[tuple[SpanRecord, Span]]:
     path: list[tuple[SpanRecord, Span]] = []
-    while block > 0:
-        start, before, server = came[block, at]
-        path.append((server, Span(start, block)))
-        block, at = start, before
+    reach: _Reach | None = last
+    while reach is not None:
+        path.append((reach.server, Span(reach.start, end)))
+        end, reach = reach.start, reach.before
     return path[::-1]
 
 

@@ -44,7 +44,7 @@ class SpanRecord:
         step_s: measured seconds of one token through one block.
         prefill_s: measured seconds of one token of a long window through one block.
         queue_s: how long a window waits now.
-        free_tokens: session tokens that fit into the KV memory left.
+        free_tokens: session tokens that fit into the KV memory left; None while nobody knows.
         neighbour_rtts: (peer, seconds) of measured round trips.
     """
 
@@ -57,7 +57,7 @@ class SpanRecord:
     step_s: float = 0.0
     prefill_s: float = 0.0
     queue_s: float = 0.0
-    free_tokens: int = 0
+    free_tokens: int | None = None
     neighbour_rtts: tuple[tuple[bytes, float], ...] = ()
     adapters: tuple[str, ...] = ()
     version: str = ""
@@ -111,7 +111,7 @@ def _read(fields: dict[str, Any]) -> SpanRecord:
         step_s=_seconds(fields["t"]),
         prefill_s=_seconds(fields["tp"]),
         queue_s=_seconds(fields["q"]),
-        free_tokens=_count(fields["kv"]),
+        free_tokens=None if fields["kv"] is None else _count(fields["kv"]),
         neighbour_rtts=tuple(_rtt(entry) for entry in fields["n"][:NEIGHBOURS_MAX]),
         adapters=_texts(fields["ad"], ADAPTERS_MAX, NAME_CHARS_MAX),
         version=_text(fields["v"], NAME_CHARS_MAX),
@@ -119,7 +119,7 @@ def _read(fields: dict[str, Any]) -> SpanRecord:
 
 
 def _text(value: object, limit: int) -> str:
-    if not isinstance(value, str) or len(value) > limit:
+    if not isinstance(value, str) or len(value) > limit or not value.isprintable():
         raise ValueError("text")
     return value
 

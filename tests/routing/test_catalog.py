@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from routing.catalog import Catalog, ModelView, neediest, runs
-from routing.records import State
+from routing.catalog import MISSES_TO_FORGET, Catalog, ModelView, Sighting, neediest, runs
+from routing.records import SpanRecord, State
 from routing.types import ModelId, Span
 from tests.routing.servers import MODEL, server
 
@@ -12,11 +12,15 @@ def view(*servers: object, blocks: int = 8) -> ModelView:
     return ModelView(MODEL, blocks, tuple(servers))  # type: ignore[arg-type]
 
 
+def seen(record: SpanRecord, sequence: int = 1, publisher: bytes | None = None) -> Sighting:
+    return Sighting(publisher or record.peer, sequence, 60.0, record.encode())
+
+
 def test_a_record_counts_only_from_its_own_publisher() -> None:
     catalog = Catalog()
     honest, forged = server("a", "0:4"), server("b", "4:8")
     refused = catalog.replace(
-        MODEL, [(b"a", honest.encode(), 60), (b"mallory", forged.encode(), 60), (b"c", b"junk", 60)], 0.0
+        MODEL, [seen(honest), seen(forged, publisher=b"mallory"), Sighting(b"c", 1, 60.0, b"junk")], 0.0
     )
     assert refused == 2
     assert catalog.view(MODEL, 8, 1.0).servers == (honest,)
@@ -24,22 +28,59 @@ def test_a_record_counts_only_from_its_own_publisher() -> None:
 
 def test_a_record_is_over_when_its_time_is() -> None:
     catalog = Catalog()
-    catalog.replace(MODEL, [(b"a", server("a", "0:4").encode(), 60)], 0.0)
+    catalog.replace(MODEL, [seen(server("a", "0:4"))], 0.0)
     assert catalog.view(MODEL, 8, 59.0).servers
     assert not catalog.view(MODEL, 8, 60.0).servers
 
 
 def test_a_span_past_the_models_end_is_left_out() -> None:
     catalog = Catalog()
-    catalog.replace(MODEL, [(b"a", server("a", "0:40").encode(), 60)], 0.0)
+    catalog.replace(MODEL, [seen(server("a", "0:40"))], 0.0)
     assert not catalog.view(MODEL, 8, 1.0).servers
+
+
+def test_reading_a_record_again_does_not_make_it_younger() -> None:
+    catalog = Catalog()
+    for now in (0.0, 30.0, 59.0):
+        catalog.replace(MODEL, [seen(server("a", "0:4"))], now)
+    assert not catalog.view(MODEL, 8, 60.0).servers
+    catalog.replace(MODEL, [seen(server("a", "0:4"), sequence=2)], 60.0)
+    assert catalog.view(MODEL, 8, 119.0).servers
+
+
+def test_the_newest_of_several_copies_counts_and_an_old_one_never_comes_back() -> None:
+    catalog = Catalog()
+    old, new = server("a", "0:4"), server("a", "4:8")
+    for copies in ([seen(new, 7), seen(old, 3)], [seen(old, 3), seen(new, 7)], [seen(old, 3)]):
+        catalog.replace(MODEL, copies, 0.0)
+        assert catalog.view(MODEL, 8, 1.0).servers == (new,)
+
+
+def test_one_lookup_that_misses_a_record_opens_no_gap_but_several_do() -> None:
+    catalog = Catalog()
+    catalog.replace(MODEL, [seen(server("a", "0:4"))], 0.0)
+    for _ in range(MISSES_TO_FORGET - 1):
+        catalog.replace(MODEL, [], 1.0)
+        assert catalog.view(MODEL, 8, 2.0).servers
+    catalog.replace(MODEL, [], 1.0)
+    assert not catalog.view(MODEL, 8, 2.0).servers
+
+
+def test_a_model_that_nobody_announces_is_forgotten_but_not_our_own_part() -> None:
+    catalog = Catalog()
+    catalog.replace(MODEL, [seen(server("a", "0:4"))], 0.0)
+    catalog.put_own(server("me", "4:8"))
+    catalog.forget_others_than([])
+    assert [found.peer for found in catalog.view(MODEL, 8, 1.0).servers] == [b"me"]
 
 
 def test_our_own_record_counts_at_once_and_goes_at_once() -> None:
     catalog = Catalog()
-    catalog.put(server("me", "0:8"), float("inf"))
+    catalog.put_own(server("me", "0:8"))
     assert catalog.view(MODEL, 8, 1.0).replicas() == (1,) * 8
-    catalog.remove(MODEL, b"me")
+    catalog.replace(MODEL, [seen(server("me", "0:4", state=State.JOINING))], 0.0)
+    assert catalog.view(MODEL, 8, 1.0).replicas() == (1,) * 8, "an old copy from the DHT changes nothing"
+    catalog.remove_own(MODEL)
     assert not catalog.view(MODEL, 8, 1.0).servers
 
 

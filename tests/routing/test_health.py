@@ -39,3 +39,9 @@ def test_our_own_faults_and_the_users_count_against_nobody() -> None:
     assert fault_of("silent", Blame.PEER) is Fault.UNREACHABLE
     assert fault_of("bad-signature", Blame.PEER) is Fault.PROTOCOL
     assert fault_of("something-new", Blame.NETWORK) is Fault.UNREACHABLE
+
+
+def test_a_link_with_one_end_named_counts_against_nobody() -> None:
+    health = Health()
+    health.blame(b"a", Fault.EDGE, 0.0)
+    assert not health.is_avoided(b"a", 0.5)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.catalog import ModelView
-from routing.costs import AVOIDED_PENALTY_S, Costs, link_table
+from routing.costs import AVOIDED_PENALTY_S, Costs, least_link_s, link_table
 from routing.errors import BlocksPending, BlocksUnserved
 from routing.health import Fault, Health
 from routing.planner import Question, plan_route
@@ -55,6 +55,11 @@ def test_a_far_server_loses_to_a_near_one() -> None:
 def test_a_crowded_or_queued_server_loses_to_a_free_one() -> None:
     assert names(plan([server("crowded", "0:8", free_tokens=10), server("free", "0:8", step_s=0.01)])) == ["free 0:8"]
     assert names(plan([server("queued", "0:8", queue_s=1.0), server("free", "0:8", step_s=0.01)])) == ["free 0:8"]
+
+
+def test_a_server_without_any_room_loses_and_one_that_does_not_say_does_not() -> None:
+    assert names(plan([server("full", "0:8", free_tokens=0), server("free", "0:8", step_s=0.01)])) == ["free 0:8"]
+    assert names(plan([server("silent", "0:8"), server("free", "0:8", step_s=0.01)])) == ["silent 0:8"]
 
 
 def test_who_is_to_be_avoided_is_and_who_failed_lately_is_used_last() -> None:
@@ -134,7 +139,7 @@ def test_no_route_is_much_cheaper_than_the_planned_one(
     swarm: tuple[list[SpanRecord], dict[tuple[bytes, bytes], float]],
 ) -> None:
     servers, links = swarm
-    costs = Costs(lambda sender, receiver: links[sender, receiver])
+    costs = Costs(lambda sender, receiver: links[sender, receiver], least_link_s=min(links.values()))
     cheapest = brute_force(servers, 4, costs)
     try:
         route = plan(servers, blocks=4, costs=costs)
@@ -150,6 +155,20 @@ def test_no_route_is_much_cheaper_than_the_planned_one(
     assert total <= cheapest * 1.05 + 1e-9, "near ties are spread by at most 5 %"
 
 
+def test_hundreds_of_servers_cost_as_many_prices_as_could_matter() -> None:
+    servers = [server(f"s{index:03}", f"{index % 10 * 8}:{index % 10 * 8 + 8}") for index in range(400)]
+    asked = 0
+
+    def link(sender: bytes, receiver: bytes) -> float:
+        nonlocal asked
+        asked += 1
+        return 0.01
+
+    route = plan(servers, blocks=80, costs=Costs(link, least_link_s=0.01))
+    assert len(route) == 10
+    assert asked < 400 * 4, "not each server from each other at each block"
+
+
 def test_links_come_from_our_own_measurements_and_the_servers_records() -> None:
     table = link_table(
         (server("a", "0:4", neighbour_rtts=((b"b", 0.4),)),), DRIVER, lambda peer: 0.1 if peer == b"a" else None
@@ -157,4 +176,7 @@ def test_links_come_from_our_own_measurements_and_the_servers_records() -> None:
     assert table(DRIVER, b"a") == 0.05
     assert table(b"b", b"a") == 0.2
     assert table(DRIVER, b"b") is None
+    servers = (server("a", "0:4", neighbour_rtts=((b"b", 0.08),)), server("b", "4:8"))
+    assert least_link_s(servers, DRIVER, lambda peer: 0.002) == 0.04, "the driver is no server here"
+    assert least_link_s(servers, b"b", lambda peer: 0.002) == 0.001
     assert AVOIDED_PENALTY_S > 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.errors import BadRecord
-from routing.records import BLOCKS_PER_GROUP, MANIFESTS_KEY, SpanRecord, State, decode_record, span_keys
+from routing.records import ADDRESSES_MAX, BLOCKS_PER_GROUP, MANIFESTS_KEY, SpanRecord, State, decode_record, span_keys
 from routing.types import ModelId, Span
 from tests.routing.servers import FLOAT32, MODEL, server
 
@@ -42,13 +42,27 @@ def test_a_changed_byte_never_does_more_than_refuse(position: int, flip: int) ->
 
 @pytest.mark.parametrize(("field", "value"), [
     ("s", [5, 3]), ("s", [0, 10**9]), ("m", b"short"), ("st", "asleep"), ("t", -1.0), ("t", float("nan")), ("t", "fast"),
-    ("kv", -1), ("a", ["x" * 300]), ("p", b"x" * 100), ("cc", "odd"), ("n", [[1, 2]]),
+    ("kv", -1), ("a", ["x" * 300]), ("p", b"x" * 100), ("cc", "odd"), ("n", [[1, 2]]), ("n", "other"), ("v", "\x1b[2J"),
+    ("cc", "none/\n/sdpa/1"),
 ])  # fmt: skip
 def test_a_field_out_of_bounds_is_refused(field: str, value: object) -> None:
     fields = msgpack.unpackb(FULL.encode())
     fields[field] = value
     with pytest.raises(BadRecord):
         decode_record(msgpack.packb(fields))
+
+
+def test_room_that_nobody_measured_is_not_no_room() -> None:
+    assert decode_record(server("a", "0:4").encode()).free_tokens is None
+    assert decode_record(server("a", "0:4", free_tokens=0).encode()).free_tokens == 0
+
+
+def test_the_largest_record_fits() -> None:
+    largest = SpanRecord(
+        b"p" * 64, ("a" * 256,) * 99, MODEL, Span(0, 4096), State.ONLINE, FLOAT32, 1.5, 1.5, 1.5, 2**61,
+        tuple((bytes([n]) * 64, 0.5) for n in range(99)), ("x" * 128,) * 99, "v" * 128,
+    )  # fmt: skip
+    assert len(decode_record(largest.encode()).addresses) == ADDRESSES_MAX
 
 
 def test_a_span_stands_under_one_key_for_each_group_that_it_touches() -> None:
