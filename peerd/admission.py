@@ -74,6 +74,11 @@ class KvAdmission:
         window_bytes = min(WINDOW_BYTES_MAX, max(WINDOW_BYTES_MIN, WINDOW_TOKENS * offer.width * DTYPE_BYTES[dtype]))
         return Grant(offer.key, WINDOWS, window_bytes, ROLLBACK_TOKENS, offer.width, dtype)
 
+    def free_tokens(self, model: ModelId, compute_class: ComputeClass) -> int | None:
+        """Session tokens that there is room for; None for a model that isn't served yet."""
+        offer = self._offers.get((model, str(compute_class)))
+        return None if offer is None else self.budget.free_bytes // max(1, offer.token_bytes)
+
     def touch(self, lease: LeaseKey) -> None:
         """A lease works: it isn't idle, so it isn't dropped for another's sake."""
         self.budget.touch(lease, self._clock.now())

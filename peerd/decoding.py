@@ -71,6 +71,9 @@ class Planner(Protocol):
     def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
         """``peer`` (or its link to ``edge``) failed us."""
 
+    def praise(self, peers: Sequence[bytes]) -> None:
+        """A session ended well with these: what they did before is forgiven."""
+
     async def wait_changed(self, timeout_s: float) -> None:
         """Until the swarm looks different, or ``timeout_s``."""
 
@@ -519,6 +522,8 @@ class Decode:
             self._timer = None
         if self._task is not None and asyncio.current_task() is not self._task:
             self._task.cancel()  # it may be waiting for the swarm to change
+        if reason in ("stop", "length") and self.route is not None:
+            self._pool.planner.praise([hop.peer for hop in self.route.hops])
         self._pool.directory.remove(self.session)
         self._pool.ended(self)
         self._route_over.set()

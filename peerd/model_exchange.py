@@ -6,18 +6,23 @@ so any server will do; what was fetched is kept on disk under the model's id.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from blocks.model.errors import BadManifest
-from blocks.model.identity import Manifest, TensorDigest, check_file, check_tensor, tensor_bytes
+from blocks.model.identity import Manifest, TensorDigest, check_file, check_tensor
+from blocks.model.safetensors_header import ITEM_BITS, read_header
 from blocks.model.source import ModelSource
-from overlay.errors import Blame, PeerdError, ProtocolViolation
+from overlay.errors import Blame, InvalidAddress, PeerdError, ProtocolViolation
 from overlay.host import Host
 from overlay.identity import PeerId
+from overlay.multiaddr import Multiaddr
 from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call, serve_unary
 from overlay.stream import Priority
@@ -27,9 +32,14 @@ log = logging.getLogger(__name__)
 
 MODEL_PROTOCOL = "/peerd/model/1"
 CHUNK_BYTES = 4 << 20
-FETCH_BYTES_MAX = 8 << 30
+TENSOR_BYTES_MAX = 8 << 30
+TEXT_BYTES_MAX = 256 << 20
 CALL_TIMEOUT_S = 30.0
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+READS_AT_ONCE = 8
+"""Chunks read from disk at once, for all peers together: each is held in memory until it is sent."""
+
+Servers = Sequence[tuple[bytes, tuple[str, ...]]]
+"""(peer, addresses) of who may be asked, best first."""
 
 Progress = Callable[[int, int], None]
 
@@ -45,11 +55,12 @@ class NobodyHasIt(PeerdError):
 
 
 class ModelShelf:
-    """What this node hands out: models whose files are here."""
+    """What this node hands out: models whose files are here. Reads off the loop, so that serving goes on meanwhile."""
 
     def __init__(self, host: Host) -> None:
         self._sources: dict[ModelId, tuple[ModelSource, Manifest]] = {}
-        self._cached: tuple[ModelId, str, bytes] | None = None
+        self._places: dict[tuple[ModelId, str], _Place] = {}
+        self._reads = asyncio.Semaphore(READS_AT_ONCE)
         methods = {"file": self._answer_file, "tensor": self._answer_tensor}
         serve_unary(host, MODEL_PROTOCOL, methods, priority=Priority.BLOB)
 
@@ -68,22 +79,61 @@ class ModelShelf:
 
     async def _answer_file(self, peer: PeerId, message: Message) -> Message:
         source, manifest, name, offset = self._find(message)
-        if all(entry.name != name for entry in manifest.files):
+        entry = next((entry for entry in manifest.files if entry.name == name), None)
+        if entry is None:
             raise ProtocolViolation("The manifest has no such file.")
-        return _chunk((source.directory / name).read_bytes(), offset)
+        return await self._read(_Place(source.directory / name, 0, entry.size), offset)
 
     async def _answer_tensor(self, peer: PeerId, message: Message) -> Message:
         source, manifest, name, offset = self._find(message)
         if all(entry.name != name for entry in manifest.tensors):
             raise ProtocolViolation("The manifest has no such tensor outside the blocks.")
-        if self._cached is None or self._cached[:2] != (manifest.model, name):
-            self._cached = (manifest.model, name, tensor_bytes(source, name))
-        return _chunk(self._cached[2], offset)
+        place = self._places.get((manifest.model, name))
+        if place is None:
+            place = await asyncio.to_thread(_place_of, source, name)
+            self._places[manifest.model, name] = place  # bounded by the manifests of this node's own models
+        return await self._read(place, offset)
+
+    async def _read(self, place: _Place, offset: int) -> Message:
+        async with self._reads:
+            piece = await asyncio.to_thread(place.read, offset)
+        return Message("chunk", {"size": place.size}, (Part("data", "uint8", (len(piece),), piece),))
 
 
-def _chunk(data: bytes, offset: int) -> Message:
-    piece = memoryview(data)[offset : offset + CHUNK_BYTES]
-    return Message("chunk", {"size": len(data)}, (Part("data", "uint8", (len(piece),), piece),))
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A run of bytes in a file."""
+
+    path: Path
+    start: int
+    size: int
+
+    def read(self, offset: int) -> bytes:
+        count = min(CHUNK_BYTES, max(0, self.size - offset))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start + offset)
+                return file.read(count)
+        except OSError as error:
+            log.warning("%s can't be read for a peer: %s", self.path.name, error.strerror)
+            raise NobodyHasIt("This server can't read that file any more.") from error
+
+
+def _place_of(source: ModelSource, name: str) -> _Place:
+    path = source.directory / source.tensors[name]
+    entry = read_header(path)[name]
+    return _Place(path, entry.start, entry.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One thing to fetch, and how it is known when it is there."""
+
+    method: str
+    name: str
+    size: int
+    sha256: bytes
+    check: Callable[[bytes], None]
 
 
 class ModelFetcher:
@@ -93,93 +143,96 @@ class ModelFetcher:
         self._host = host
         self._cache_dir = cache_dir
 
-    async def text_files(
-        self, manifest: Manifest, servers: Sequence[tuple[bytes, tuple[str, ...]]]
-    ) -> Mapping[str, bytes]:
+    async def text_files(self, manifest: Manifest, servers: Servers) -> Mapping[str, bytes]:
         """Tokenizer and template files by name. Raises NobodyHasIt."""
-        files: dict[str, bytes] = {}
-        for entry in manifest.files:
-            files[entry.name] = await self._fetch(
-                manifest, "file", entry.name, entry.size, servers, partial(check_file, entry)
-            )
-        return files
+        wanted = [
+            _Wanted("file", entry.name, entry.size, entry.sha256, partial(check_file, entry))
+            for entry in manifest.files
+        ]
+        return await self._fetch_all(manifest, wanted, TEXT_BYTES_MAX, servers, None)
 
     async def tensors(
-        self, manifest: Manifest, servers: Sequence[tuple[bytes, tuple[str, ...]]], progress: Progress | None = None
+        self, manifest: Manifest, servers: Servers, progress: Progress | None = None
     ) -> Mapping[str, bytes]:
         """Raw bytes of the tensors outside the blocks. Raises NobodyHasIt."""
-        total = sum(_size_of(entry) for entry in manifest.tensors)
-        if total > FETCH_BYTES_MAX:
-            raise NobodyHasIt(f"The embeddings of {manifest.name} are larger than this node takes from others.")
-        tensors: dict[str, bytes] = {}
-        done = 0
-        for entry in manifest.tensors:
-            size = _size_of(entry)
-            tensors[entry.name] = await self._fetch(
-                manifest, "tensor", entry.name, size, servers, partial(check_tensor, entry)
-            )
-            done += size
+        wanted = [
+            _Wanted("tensor", entry.name, _size_of(entry), entry.sha256, partial(check_tensor, entry))
+            for entry in manifest.tensors
+        ]
+        return await self._fetch_all(manifest, wanted, TENSOR_BYTES_MAX, servers, progress)
+
+    async def _fetch_all(
+        self, manifest: Manifest, wanted: Sequence[_Wanted], bytes_max: int, servers: Servers, progress: Progress | None
+    ) -> Mapping[str, bytes]:
+        total, done = sum(entry.size for entry in wanted), 0
+        if total > bytes_max:
+            raise NobodyHasIt(f"The files of {manifest.name} are larger than this node takes from others.")
+        found: dict[str, bytes] = {}
+        for entry in wanted:
+            found[entry.name] = await self._fetch(manifest, entry, servers)
+            done += entry.size
             if progress is not None:
                 progress(done, total)
-        return tensors
+        return found
 
-    async def _fetch(
-        self,
-        manifest: Manifest,
-        method: str,
-        name: str,
-        size: int,
-        servers: Sequence[tuple[bytes, tuple[str, ...]]],
-        check: Callable[[bytes], None],
-    ) -> bytes:
-        kept = self._cache_dir / manifest.model.hex() / f"{method}-{name.replace('/', '_')}"
-        cached = _read_cached(kept, check)
+    async def _fetch(self, manifest: Manifest, wanted: _Wanted, servers: Servers) -> bytes:
+        kept = self._cache_dir / manifest.model.hex() / f"{wanted.method}-{wanted.sha256.hex()}"
+        cached = await asyncio.to_thread(_read_cached, kept, wanted.check)
         if cached is not None:
             return cached
         failure: PeerdError | None = None
-        for peer_bytes, _ in servers:
+        for peer_bytes, addresses in servers:
             peer = PeerId.from_bytes(peer_bytes)
             try:
-                data = await self._download(peer, manifest.model, method, name, size)
-                check(data)
+                data = await self._download(peer, _dialable(addresses), manifest.model, wanted)
+                await asyncio.to_thread(wanted.check, data)
             except PeerdError as error:
-                log.info("%s of %s could not be had from %s: %s", name, manifest.name, peer.short, error)
+                log.info("%s of %s could not be had from %s: %s", wanted.name, manifest.name, peer.short, error)
                 failure = error
                 continue
-            _write_cached(kept, data)
+            await asyncio.to_thread(_write_cached, kept, data)
             return data
         raise NobodyHasIt(
-            f"No server of {manifest.name} gave {name} ({failure or 'there is none'}); try again when one is online."
+            f"No server of {manifest.name} gave {wanted.name} ({failure or 'there is none'}); try again when one is online."
         ) from failure
 
-    async def _download(self, peer: PeerId, model: ModelId, method: str, name: str, size: int) -> bytes:
+    async def _download(self, peer: PeerId, addresses: Sequence[Multiaddr], model: ModelId, wanted: _Wanted) -> bytes:
+        size = wanted.size
         out = bytearray()
-        while len(out) < size or not out:
-            header = {"model": bytes(model), "name": name, "offset": len(out)}
+        while len(out) < size:
+            header = {"model": bytes(model), "name": wanted.name, "offset": len(out)}
             answer = await call(
                 self._host,
                 peer,
                 MODEL_PROTOCOL,
-                Message(method, header),
+                Message(wanted.method, header),
                 timeout_s=CALL_TIMEOUT_S,
+                addresses=addresses,
+                message_bytes_max=2 * CHUNK_BYTES,
                 priority=Priority.BLOB,
             )
             if answer.header.get("size") != size or len(answer.parts) != 1:
                 raise BadManifest("A server offers other files than its manifest says.")
             piece = answer.parts[0].data
             if not len(piece) or len(out) + len(piece) > size:
-                if not size:
-                    break
                 raise BadManifest("A server offers other files than its manifest says.")
             out += piece
         return bytes(out)
 
 
 def _size_of(entry: TensorDigest) -> int:
-    size = DTYPE_BYTES.get(entry.dtype, 1)
-    for length in entry.shape:
-        size *= length
-    return size
+    return math.prod(entry.shape) * ITEM_BITS[entry.dtype] // 8
+
+
+def _dialable(addresses: Sequence[str]) -> tuple[Multiaddr, ...]:
+    """What can be read of the addresses in a record."""
+    parsed = []
+    for text in addresses:
+        try:
+            parsed.append(Multiaddr.parse(text))
+        except InvalidAddress:
+            continue
+    return tuple(parsed)
 
 
 def _read_cached(path: Path, check: Callable[[bytes], None]) -> bytes | None:

@@ -167,12 +167,14 @@ class ModelHost:
 
         source = await self._slowly(find)
         self._sources[id_of(source)] = source
+        self._swarm.learn_name(source.name, id_of(source))
         return source
 
     async def _serve(self, spec: str) -> None:
         source = await self._find_source(spec)
         model = id_of(source)
         started = self._clock.now()
+        self._swarm.expect_blocks(model, source.blocks)  # so that claims are seen before anybody's manifest is
         await self._swarm.refresh()
         compute_class, span, sizing = self._place(source, model)
         record = self._claim(source, model, span, compute_class)
@@ -329,6 +331,12 @@ class ModelHost:
 
     def _width(self, source: ModelSource) -> int:
         return hidden_width(source)
+
+    def measure(self, record: SpanRecord) -> SpanRecord:
+        """A record of ours with the figures of this moment."""
+        free_tokens = self.admission.free_tokens(record.model, record.compute_class)
+        queue_s = self._device.queue_depth * record.step_s * len(record.span)
+        return replace(record, queue_s=queue_s, free_tokens=free_tokens)
 
     def drain(self) -> None:
         """Say that everything served here is leaving."""

@@ -131,6 +131,7 @@ class Node:
                     self._join(tuple(Multiaddr.parse(text) for text in join)),
                     self._serve(new_network=new_network),
                     self._remember_peers(),
+                    self._announcer.keep_told(self._models.measure),
                 )
             ]
             stack.push_async_callback(_cancel_all, tasks)
@@ -270,6 +271,7 @@ class Node:
         except PeerdError:
             await self._swarm.refresh()
             known = self._resolve(name)
+        await self._swarm.freshen(known.manifest.model)
         drivable = await self._models.drivable(known)
         return TextModel(
             self._swarm.name_of(known.manifest.model),

@@ -1,33 +1,33 @@
 """This node's view of the swarm: the catalog kept fresh from the DHT, names, routes and blame.
 
 A shell over `routing`: owns when to look and whom to wake, decides nothing. Looks often while somebody waits or generates, seldom when
-idle, at once on demand.
+idle, at once on demand; first at the models that this node serves or drives, at a bounded number of others in turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import msgpack
-
-from blocks.model.errors import BadManifest
 from blocks.model.identity import Manifest
 from blocks.model.source import block_count
 from overlay.dht.node import Dht
+from overlay.dht.records import Record
 from overlay.errors import Blame, PeerdError
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.ports import Clock, Randomness
-from routing.catalog import Catalog, ModelView, neediest
-from routing.costs import Costs, link_table
-from routing.errors import BlocksUnserved
+from peerd.manifest_record import decode_manifest
+from routing.catalog import Catalog, ModelView, Sighting, neediest
+from routing.costs import Costs, least_link_s, link_table
+from routing.errors import BlocksPending, BlocksUnserved
 from routing.health import Health, fault_of
 from routing.planner import Question, plan_route
-from routing.records import BLOCKS_PER_GROUP, MANIFESTS_KEY, SpanRecord, span_keys
+from routing.records import MANIFESTS_KEY, SpanRecord, State, span_keys
 from routing.types import ComputeClass, ModelId, Route, Span
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,13 @@ log = logging.getLogger(__name__)
 BUSY_REFRESH_S = 2.0
 IDLE_REFRESH_S = 10.0
 BUSY_FOR_S = 15.0
+MANIFESTS_EVERY_S = 8.0
+"""Manifests are larger than records and change less."""
+FRESH_S = 3.0
+"""Blocks that nobody serves are said to be so on the word of a look no older than this."""
+INTEREST_S = 120.0
+OTHERS_PER_REFRESH = 16
+LOOKUPS_AT_ONCE = 16
 MANIFESTS_MAX = 1024
 NAME_DIGITS = 12
 
@@ -82,11 +89,19 @@ class Swarm:
         self._models: dict[ModelId, KnownModel] = {}
         self._block_counts: dict[ModelId, int] = {}
         self._own: dict[ModelId, SpanRecord] = {}
+        self._planned_at: dict[ModelId, float] = {}
+        self._looked_at: dict[ModelId, float] = {}
+        self._manifests_at = float("-inf")
+        self._local_names: dict[str, frozenset[ModelId]] = {}
+        self._read_manifests: dict[tuple[bytes, bytes, int], Manifest | None] = {}
+        self._plans = itertools.count()
         self._own_manifests: dict[ModelId, Manifest] = {}
         self._busy_until = 0.0
         self._wake = asyncio.Event()
         self._changed_event = asyncio.Event()
-        self._refreshing: asyncio.Lock = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
+        self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._expected: set[ModelId] = set()
         self._seen: object = None
 
     # --- what is known ---
@@ -104,6 +119,8 @@ class Swarm:
         if known is None:
             return model.hex()[:NAME_DIGITS]
         name = known.manifest.name
+        if self._local_names.get(name) == frozenset({model}):
+            return name
         twins = [other for other in self._models.values() if other.manifest.name == name]
         return name if len(twins) == 1 else f"{name}@{model.hex()[:NAME_DIGITS]}"
 
@@ -116,18 +133,26 @@ class Swarm:
             if not self._models:
                 raise UnknownModel("No model is known in this network yet; start a server, or wait until one is found.")
             raise AmbiguousModel(f"Several models are served; name one of: {listed}.")
-        bare, _, digits = name.partition("@")
-        found = [
-            known
-            for known in self._models.values()
-            if known.manifest.name in (bare, name)
-            and known.manifest.model.hex().startswith(digits if bare != name else "")
-        ]
+        found = [known for known in self._models.values() if self._answers_to(known, name)]
+        ours = self._local_names.get(name, frozenset())
+        found = [known for known in found if known.manifest.model in ours] or found
         if not found:
             raise UnknownModel(f"No model {name!r} is known here; there is: {listed}.")
         if len(found) > 1:
             raise AmbiguousModel(f"Several models are called {name!r}; name one of: {listed}.")
         return found[0]
+
+    @staticmethod
+    def _answers_to(known: KnownModel, name: str) -> bool:
+        """By its name, its name and the first digits of its id, or the id itself."""
+        model, own_name = known.manifest.model.hex(), known.manifest.name
+        bare, _, digits = name.rpartition("@")
+        with_digits = bare == own_name and len(digits) >= NAME_DIGITS and model.startswith(digits)
+        return name == own_name or with_digits or name == model
+
+    def learn_name(self, name: str, model: ModelId) -> None:
+        """``name`` was resolved from its source by this node: no publisher's claim stands against that."""
+        self._local_names[name] = self._local_names.get(name, frozenset()) | {model}
 
     def view(self, model: ModelId) -> ModelView:
         """Who serves what of one model, as known now."""
@@ -136,6 +161,7 @@ class Swarm:
     def expect_blocks(self, model: ModelId, blocks: int) -> None:
         """How many blocks a model has that nobody has announced yet."""
         self._block_counts.setdefault(model, blocks)
+        self._expected.add(model)
 
     def neediest(self, models: Sequence[ModelId]) -> ModelId | None:
         """Which of ``models`` wants servers most."""
@@ -156,16 +182,17 @@ class Swarm:
         """Our record counts at once, here."""
         self._block_counts[record.model] = blocks
         self._own[record.model] = record
-        self._catalog.put(record, float("inf"))
+        self._catalog.put_own(record)
         self._notify()
 
     def remove_own(self, model: ModelId) -> None:
         if self._own.pop(model, None) is not None:
-            self._catalog.remove(model, self._host.peer_id.multihash)
+            self._catalog.remove_own(model)
             self._notify()
 
     def put_own_manifest(self, manifest: Manifest) -> None:
         self._own_manifests[manifest.model] = manifest
+        self.learn_name(manifest.name, manifest.model)
         self._add_manifest(manifest, self._host.peer_id.multihash)
         self._notify()
 
@@ -182,7 +209,7 @@ class Swarm:
     async def run(self) -> None:
         """Refresh for ever."""
         while True:
-            await self.refresh()
+            await self._look()
             wait_s = BUSY_REFRESH_S if self._clock.now() < self._busy_until else IDLE_REFRESH_S
             if not self._models:
                 wait_s = BUSY_REFRESH_S
@@ -194,53 +221,76 @@ class Swarm:
             self._wake.clear()
 
     async def refresh(self) -> None:
-        """Look at manifests and records now; concurrent callers share the work one after the other."""
+        """Look at manifests and records now; concurrent callers do so one after the other."""
+        self._manifests_at = float("-inf")
+        await self._look()
+
+    async def _look(self) -> None:
         async with self._refreshing:
-            await self._refresh_manifests()
-            for model in sorted(self._models):
-                await self._refresh_model(model)
+            if self._clock.now() - self._manifests_at >= MANIFESTS_EVERY_S or not self._models:
+                await self._refresh_manifests()
+            await asyncio.gather(*(self._refresh_model(model) for model in self._due_models()))
         seen = (tuple(sorted(self._models)), tuple(self.view(model).servers for model in sorted(self._models)))
         if seen != self._seen:
             self._seen = seen
             self._notify()
 
+    async def freshen(self, model: ModelId) -> None:
+        """Look first, if some blocks seem to be served by nobody and that is an old impression."""
+        gaps = self.view(model).missing(State.ONLINE, State.JOINING)
+        if gaps and not self._is_fresh(model):
+            await self.refresh()
+
+    def _is_fresh(self, model: ModelId) -> bool:
+        return self._clock.now() - self._looked_at.get(model, float("-inf")) <= FRESH_S
+
+    def _due_models(self) -> list[ModelId]:
+        """Those that matter to this node, and of the others the ones that were looked at longest ago."""
+        since = self._clock.now() - INTEREST_S
+        mine = [model for model in self._block_counts if self._matters(model, since)]
+        others = [model for model in self._models if not self._matters(model, since)]
+        others.sort(key=lambda model: (self._looked_at.get(model, float("-inf")), model))
+        return [*sorted(mine), *others[:OTHERS_PER_REFRESH]]
+
+    def _matters(self, model: ModelId, since: float) -> bool:
+        return model in self._own or model in self._expected or self._planned_at.get(model, float("-inf")) >= since
+
     async def _refresh_manifests(self) -> None:
-        found: dict[ModelId, KnownModel] = {}
+        started = self._clock.now()
+        read: dict[tuple[bytes, bytes, int], Manifest | None] = {}
+        found: dict[ModelId, list[tuple[Manifest, bytes]]] = {}
         for record in await self._dht.get(MANIFESTS_KEY):
-            if len(found) >= MANIFESTS_MAX:
-                break
-            try:
-                manifest = Manifest.from_document(msgpack.unpackb(record.value))
-                count = block_count(json.loads(manifest.config))
-            except (BadManifest, PeerdError, ValueError, msgpack.UnpackException) as error:
-                log.debug("a manifest of %s is of no use: %s", record.publisher.short, error)
-                continue
-            known = found.get(manifest.model)
-            publishers = () if known is None else known.publishers
-            kept = manifest if known is None else known.manifest
-            found[manifest.model] = KnownModel(kept, (*publishers, record.publisher.multihash))
-            self._block_counts[manifest.model] = count
-        self._models = found
+            name = (*record.name, record.sequence)
+            manifest = read[name] = self._read_manifests[name] if name in self._read_manifests else _manifest_of(record)
+            if manifest is not None and (manifest.model in found or len(found) < MANIFESTS_MAX):
+                found.setdefault(manifest.model, []).append((manifest, record.publisher.multihash))
+        self._read_manifests = read
+        self._models = {model: _agreed(claims) for model, claims in found.items()}
+        self._block_counts.update({model: known.blocks for model, known in self._models.items()})
         for manifest in self._own_manifests.values():
             self._add_manifest(manifest, self._host.peer_id.multihash)
+        self._manifests_at = started
+        self._forget()
+
+    def _forget(self) -> None:
+        """What nobody announces any more, and nobody here asks for."""
+        since = self._clock.now() - INTEREST_S
+        kept = [model for model in self._block_counts if model in self._models or self._matters(model, since)]
+        self._block_counts = {model: self._block_counts[model] for model in kept}
+        for table in (self._planned_at, self._looked_at):
+            for model in [model for model in table if model not in self._block_counts]:
+                del table[model]
+        self._catalog.forget_others_than(kept)
 
     async def _refresh_model(self, model: ModelId) -> None:
-        blocks = self._block_counts[model]
-        keys = span_keys(model, Span(0, blocks))
-        assert len(keys) == (blocks - 1) // BLOCKS_PER_GROUP + 1
-        answers = await asyncio.gather(*(self._dht.get(key) for key in keys))
-        now = self._clock.now()
-        newest: dict[bytes, tuple[int, bytes, float]] = {}
-        for record in (record for answer in answers for record in answer):
-            publisher = record.publisher.multihash
-            known = newest.get(publisher)
-            if known is None or record.sequence > known[0]:
-                newest[publisher] = (record.sequence, record.value, float(record.ttl_s))
-        found = [(publisher, value, left_s) for publisher, (_, value, left_s) in sorted(newest.items())]
-        self._catalog.replace(model, found, now)
-        own = self._own.get(model)
-        if own is not None:
-            self._catalog.put(own, float("inf"))
+        keys = span_keys(model, Span(0, self._block_counts[model]))
+        answers = await asyncio.gather(*(self._lookup(key) for key in keys))
+        self._catalog.replace(model, _sightings(itertools.chain.from_iterable(answers)), self._clock.now())
+        self._looked_at[model] = self._clock.now()
+
+    async def _lookup(self, key: bytes) -> tuple[Record, ...]:
+        async with self._lookups:
+            return await self._dht.get(key)
 
     def _notify(self) -> None:
         changed, self._changed_event = self._changed_event, asyncio.Event()
@@ -264,22 +314,33 @@ class Swarm:
 
     def look_now(self) -> None:
         """Refresh at once, in the background."""
+        self._manifests_at = float("-inf")
         self._wake.set()
 
     # --- routes ---
 
     def plan(self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes]) -> Route:
-        """The best route now. Raises BlocksUnserved, BlocksPending."""
+        """The best route now.
+
+        Raises:
+            BlocksUnserved: nobody serves or loads some blocks, by a fresh look.
+            BlocksPending: they are loading, busy or avoided, or a fresh look is under way.
+        """
         self.stay_fresh()
         now = self._clock.now()
+        self._planned_at[model] = now
         view = self.view(model)
         own = self._host.peer_id.multihash
-        costs = Costs(link_table(view.servers, own, self._measured_rtt))
-        question = Question(own, compute_class, tuple(avoid), salt=self._salt)
+        links = link_table(view.servers, own, self._measured_rtt)
+        costs = Costs(links, least_link_s=least_link_s(view.servers, own, self._measured_rtt))
+        salt = self._salt + next(self._plans).to_bytes(8, "big")
+        question = Question(own, compute_class, tuple(avoid), salt=salt)
         try:
             return plan_route(view, self.name_of(model), question, costs, self._health, now)
-        except BlocksUnserved:
+        except BlocksUnserved as error:
             self._wake.set()
+            if not self._is_fresh(model):
+                raise BlocksPending(self.name_of(model), error.spans) from error
             raise
 
     def _measured_rtt(self, peer: bytes) -> float | None:
@@ -292,3 +353,31 @@ class Swarm:
         if fault is not None:
             self._health.blame(peer, fault, self._clock.now(), edge)
         self._wake.set()
+
+    def praise(self, peers: Iterable[bytes]) -> None:
+        """A session went well with these."""
+        for peer in peers:
+            self._health.forgive(peer)
+
+
+def _manifest_of(record: Record) -> Manifest | None:
+    try:
+        manifest = decode_manifest(record.value)
+        block_count(json.loads(manifest.config))
+    except PeerdError as error:
+        log.debug("a manifest of %s is of no use: %s", record.publisher.short, error)
+        return None
+    return manifest
+
+
+def _agreed(claims: Sequence[tuple[Manifest, bytes]]) -> KnownModel:
+    """Of the manifests of one model, the one whose files and tensors most of its publishers name."""
+    votes: dict[object, int] = {}
+    for manifest, _ in claims:
+        votes[manifest.files, manifest.tensors] = votes.get((manifest.files, manifest.tensors), 0) + 1
+    chosen, _ = max(claims, key=lambda claim: votes[claim[0].files, claim[0].tensors])
+    return KnownModel(chosen, tuple(publisher for _, publisher in claims))
+
+
+def _sightings(records: Iterable[Record]) -> list[Sighting]:
+    return [Sighting(found.publisher.multihash, found.sequence, float(found.ttl_s), found.value) for found in records]

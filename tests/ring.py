@@ -128,6 +128,9 @@ class Plans:
     def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
         self.blamed.append((peer, error.code))
 
+    def praise(self, peers: Sequence[bytes]) -> None:
+        """Nothing is held against anybody here."""
+
     async def wait_changed(self, timeout_s: float) -> None:
         await asyncio.sleep(timeout_s)
 

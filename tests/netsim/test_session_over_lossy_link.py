@@ -170,6 +170,9 @@ class FixedPlanner:
         self.blamed.append(error.code)
         self._trace.add(asyncio.get_running_loop().time(), f"blame {error.code}")
 
+    def praise(self, peers: Sequence[bytes]) -> None:
+        """Nothing is held against anybody here."""
+
     async def wait_changed(self, timeout_s: float) -> None:
         await asyncio.sleep(timeout_s)
 
