@@ -26,6 +26,9 @@ from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, HEADER_BYTES, 
 
 log = logging.getLogger(__name__)
 
+CONTROL_IN_MESSAGE_BYTES = 2 << 10
+"""Up to so much, control frames share a message with data."""
+
 _rings: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 
@@ -223,10 +226,10 @@ class Connection(asyncio.BufferedProtocol):
     # --- the mux's events ---
 
     def lane_opened(self, lane: Lane) -> None:
-        if self.unnegotiated >= limits.STREAMS_UNNEGOTIATED_MAX * 16 or self.draining:
+        if self.unnegotiated >= limits.STREAMS_UNNEGOTIATED_MAX or self.draining:
             self.session.reset(lane)
             return
-        stream = Stream(self, lane, Priority.CONTROL)
+        stream = Stream(self, lane, Priority.CONTROL, self.last_received)
         stream.accept_from(self._owner.served_protocols())
         self.unnegotiated += 1
         self._owner.stream_opened(self, stream)
@@ -263,7 +266,7 @@ class Connection(asyncio.BufferedProtocol):
             raise self._error
         if self.draining:
             raise ConnectionLost("The connection is closing; dial the peer again.")
-        stream = Stream(self, self.session.open(), priority)
+        stream = Stream(self, self.session.open(), priority, self._now())
         if priority in (Priority.DECODE, Priority.BULK):
             self.session.grant(stream.lane, limits.EXTRA_WINDOW_BYTES)
         stream.propose(protocol)
@@ -283,6 +286,10 @@ class Connection(asyncio.BufferedProtocol):
             if self.session.has_control and not self._reading:
                 self.pump()
 
+    def linger_deadline(self) -> float:
+        """Until when a peer may take to end a stream that was closed here."""
+        return self._now() + limits.STREAM_LINGER_S
+
     def schedule(self, stream: Stream) -> None:
         """Put a stream that has something to send in its priority's queue."""
         if not stream.scheduled and stream.outgoing:
@@ -298,6 +305,7 @@ class Connection(asyncio.BufferedProtocol):
         self._pumping = True
         try:
             while not self._blocked:
+                self._write_long_control()
                 plaintext = self._fill()
                 if not plaintext:
                     break
@@ -320,8 +328,6 @@ class Connection(asyncio.BufferedProtocol):
         room = min(PLAINTEXT_BYTES_MAX, self._chunk_bytes())
         if self.session.has_control:
             control = self.session.poll_control()
-            if len(control) > room:
-                return self._split_control(control)
             pieces.append(control)
             room -= len(control)
         for queue in self._ready:
@@ -334,12 +340,15 @@ class Connection(asyncio.BufferedProtocol):
                 break
         return b"".join(pieces)
 
-    def _split_control(self, control: bytes) -> bytes:
+    def _write_long_control(self) -> None:
+        """More control frames than one message holds go out in messages of their own; data follows after them."""
+        if self.session.control_bytes <= CONTROL_IN_MESSAGE_BYTES:
+            return
         sender, transport = self._sender, self._transport
         assert sender is not None and transport is not None
-        for start in range(0, len(control), PLAINTEXT_BYTES_MAX // 2):
-            transport.write(sender.seal_framed(control[start : start + PLAINTEXT_BYTES_MAX // 2]))
-        return b""
+        control = self.session.poll_control()
+        for start in range(0, len(control), PLAINTEXT_BYTES_MAX):
+            transport.write(sender.seal_framed(control[start : start + PLAINTEXT_BYTES_MAX]))
 
     def schedule_rest(self, stream: Stream) -> None:
         """Queue the stream again if its window lets it go on."""
@@ -394,6 +403,13 @@ class Connection(asyncio.BufferedProtocol):
             if isinstance(lane.owner, Stream):
                 lane.owner.lost(ConnectionLost(str(error)))
         self._owner.connection_ended(self, error)
+
+    def reap(self, now: float) -> None:
+        """Reset streams that never agreed on a protocol in time, and those that the peer won't end after us."""
+        for lane in self.session.live_lanes():
+            stream = lane.owner
+            if isinstance(stream, Stream) and stream.is_overdue(now):
+                stream.reset("timeout")
 
     def close_nowait(self) -> None:
         """Say GOAWAY, flush what the socket takes, and close."""

@@ -108,8 +108,7 @@ class Host:
         open_connections = [*self._connections.values(), *self._draining, *self._upgrading]
         for connection in open_connections:
             connection.close_nowait()
-        for connection in open_connections:
-            await connection.close()
+        await asyncio.gather(*(connection.close() for connection in open_connections))
         for task in list(self._handler_tasks):
             task.cancel()
         await tasks.__aexit__(None, None, None)
@@ -366,6 +365,9 @@ class Host:
 
     def _drain(self, connection: Connection, now: float) -> None:
         self._draining[connection] = now + limits.DUPLICATE_DRAIN_S
+        same = [found for found in self._draining if found.remote_peer == connection.remote_peer]
+        for surplus in same[: max(0, len(same) - limits.DUPLICATES_PER_PEER)]:
+            surplus.close_nowait()
 
     def connection_ended(self, connection: Connection, error: PeerdError) -> None:
         self._upgrading.pop(connection, None)
@@ -383,7 +385,7 @@ class Host:
             listener(connection)
 
     def stream_opened(self, connection: Connection, stream: Stream) -> None:
-        """An inbound stream, before its protocol is known: the maintenance bounds how long that takes."""
+        """An inbound stream, before its protocol is known: `Connection.reap` bounds how long that takes."""
 
     def stream_ready(self, connection: Connection, stream: Stream) -> None:
         service = self._services.get(stream.protocol)
@@ -466,10 +468,11 @@ class Host:
         for connection, deadline in list(self._upgrading.items()):
             if now > deadline:
                 connection.abort(UpgradeError("The handshake took too long."))
-        for connection, _ in list(self._draining.items()):
-            if not connection.session.lanes:
+        for connection, deadline in list(self._draining.items()):
+            if now > deadline and not connection.session.lanes:
                 connection.close_nowait()
-        for connection in list(self._connections.values()):
+        for connection in [*self._connections.values(), *self._draining]:
+            connection.reap(now)
             sent = connection.session.ping_sent_at
             quiet = now - connection.last_received
             if sent is not None and quiet > limits.SILENT_DEAD_S:

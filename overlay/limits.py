@@ -4,8 +4,6 @@ from __future__ import annotations
 
 RECEIVE_RING_BYTES = 256 << 10
 """One receive buffer per event loop, shared by all sockets: it is consumed before `buffer_updated` returns."""
-READ_BUDGET_BYTES = 1 << 20
-"""After so many bytes in one callback a connection lets others read first."""
 WRITE_HIGH_WATER_BYTES = 256 << 10
 WRITE_LOW_WATER_BYTES = 64 << 10
 CHUNK_BYTES_MAX = 64 << 10
@@ -18,7 +16,8 @@ STREAM_SEND_QUEUE_BYTES = 256 << 20
 """What `write_nowait` may queue on a stream: senders are bounded by their own credits well below it."""
 STREAM_WRITE_HIGH_WATER_BYTES = 1 << 20
 """`write` waits while more than this is queued on its stream."""
-STREAM_RECEIVE_BUFFER_BYTES = 32 << 20
+STREAM_RECEIVE_PIECE_BYTES = 1 << 10
+"""Received pieces below this are joined to the next: a credit spent byte by byte must not cost an object a byte."""
 EXTRA_WINDOW_BYTES = 1 << 20
 """Granted at once on decode and bulk streams, whose messages outgrow the initial window."""
 
@@ -27,13 +26,17 @@ NEGOTIATE_TIMEOUT_S = 10.0
 DIAL_TIMEOUT_S = 6.0
 DIAL_STAGGER_S = 0.25
 CLOSE_TIMEOUT_S = 1.0
-DUPLICATE_DRAIN_S = 10.0
+DUPLICATE_DRAIN_S = 2.0
+"""A duplicate connection lives at least so long, since its peer may be opening a stream on it, and then until its streams end."""
+DUPLICATES_PER_PEER = 4
+STREAM_LINGER_S = 30.0
+"""A stream that this side has closed is reset when the peer has not ended it within this time."""
 HANDSHAKES_MAX = 64
 HANDSHAKES_PER_ADDRESS_S = 5.0
 HANDSHAKES_BURST = 20
 HANDSHAKE_ADDRESSES_REMEMBERED = 4096
 CONNECTIONS_MAX = 512
-STREAMS_UNNEGOTIATED_MAX = 16
+STREAMS_UNNEGOTIATED_MAX = 256
 INBOUND_STREAMS_PER_PEER_DEFAULT = 64
 
 PING_IDLE_S = 15.0

@@ -7,6 +7,7 @@ events only; bytes move in the connection's synchronous path.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +20,8 @@ from overlay.yamux.session import Lane
 
 if TYPE_CHECKING:
     from overlay.connection import Connection
+
+log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -43,7 +46,7 @@ class StreamReceiver(Protocol):
 class Stream:
     """A bidirectional byte pipe to a peer. Cancel-safe, except that a `write` cancelled in the middle resets it."""
 
-    def __init__(self, connection: Connection, lane: Lane, priority: Priority) -> None:
+    def __init__(self, connection: Connection, lane: Lane, priority: Priority, now: float) -> None:
         self.connection = connection
         self.priority = priority
         self.protocol = ""
@@ -52,7 +55,8 @@ class Stream:
         self._initiator: Initiator | None = None
         self._responder: Responder | None = None
         self._negotiated = asyncio.Event()
-        self._received: deque[bytes] = deque()
+        self._deadline: float | None = None if lane.outbound else now + limits.NEGOTIATE_TIMEOUT_S
+        self._received: deque[bytes | bytearray] = deque()
         self._received_bytes = 0
         self._eof = False
         self._error: PeerdError | None = None
@@ -92,6 +96,15 @@ class Stream:
         if self._error is not None:
             raise self._error
 
+    def is_overdue(self, now: float) -> bool:
+        """Whether the peer had its time to agree on a protocol, or to end what this side has closed and sent."""
+        if self._deadline is None or now <= self._deadline:
+            return False
+        if self._responder is None and self.outgoing:
+            self._deadline = now + limits.STREAM_LINGER_S
+            return False
+        return True
+
     @property
     def is_negotiated(self) -> bool:
         return self._initiator is None and self._responder is None
@@ -114,6 +127,7 @@ class Stream:
                 return b""
             self.protocol, rest = responder.chosen, responder.rest
             self._responder = None
+            self._deadline = None
             self.connection.stream_negotiated(self)
         self._negotiated.set()
         return rest
@@ -135,7 +149,7 @@ class Stream:
             chunk = chunk[:max_bytes]
         self._received_bytes -= len(chunk)
         self.connection.bytes_consumed(self.lane, len(chunk))
-        return chunk
+        return bytes(chunk)
 
     async def read_exactly(self, length: int) -> bytes:
         """Exactly ``length`` bytes. Raises StreamClosed when the stream ends before."""
@@ -154,14 +168,25 @@ class Stream:
             chunk = self._received.popleft()
             self._received_bytes -= len(chunk)
             self._consume(receiver, memoryview(chunk))
+        if self._receiver is not receiver:
+            return
         if self._error is not None:
             receiver.stream_lost(self._error)
         elif self._eof:
             receiver.eof_received()
 
     def _consume(self, receiver: StreamReceiver, data: memoryview) -> None:
-        receiver.data_received(data)
-        self.connection.bytes_consumed(self.lane, len(data))
+        """A receiver's failure ends its own stream, never the connection whose callback this is (a supervision point)."""
+        try:
+            receiver.data_received(data)
+        except PeerdError as error:
+            log.debug("%s with %s ended: %s", self.protocol, self.remote_peer.short, error)
+            self.reset(error.code)
+        except Exception:
+            log.exception("the receiver of %s failed; its stream was reset", self.protocol)
+            self.reset("internal")
+        else:
+            self.connection.bytes_consumed(self.lane, len(data))
 
     # --- writing ---
 
@@ -230,9 +255,8 @@ class Stream:
         """FIN after what is queued, and no more interest in what comes: reset if the peer still sends."""
         self.close_write_nowait()
         if not self._eof and self._error is None and self._receiver is None:
-            self._receiver = _Discard(self)
-            self._received.clear()
-            self._received_bytes = 0
+            self._deadline = self.connection.linger_deadline()
+            self.set_receiver(_Discard(self))
 
     # --- called by the connection ---
 
@@ -258,7 +282,11 @@ class Stream:
         if receiver is not None:
             self._consume(receiver, data)
             return
-        self._received.append(bytes(data))
+        last = self._received[-1] if self._received else b""
+        if isinstance(last, bytearray) and len(last) < limits.STREAM_RECEIVE_PIECE_BYTES:
+            last += data
+        else:
+            self._received.append(bytes(data) if len(data) >= limits.STREAM_RECEIVE_PIECE_BYTES else bytearray(data))
         self._received_bytes += len(data)
         self._readable.set()
 

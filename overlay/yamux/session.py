@@ -224,6 +224,11 @@ class Session:
     def has_control(self) -> bool:
         return bool(self._control or self._updates)
 
+    @property
+    def control_bytes(self) -> int:
+        """About how long `poll_control`'s answer would be now."""
+        return self._control_bytes + HEADER_BYTES * len(self._updates)
+
     def poll_control(self) -> bytes:
         """Every queued control frame, ahead of any data."""
         for lane in self._updates:

@@ -329,3 +329,131 @@ def test_a_closed_host_leaves_no_socket_behind() -> None:
     before = open_files()
     run_hosts(2, scene)
     assert open_files() <= before
+
+
+class Failing:
+    """A receiver that can't cope."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self.lost: list[Exception] = []
+
+    def data_received(self, data: memoryview) -> None:
+        raise self._error
+
+    def eof_received(self) -> None:
+        """Never heard."""
+
+    def stream_lost(self, error: Exception) -> None:
+        self.lost.append(error)
+
+
+@pytest.mark.parametrize("error", [ConnectionLost("Another peer's connection broke."), ValueError("a bug")])
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_failing_receiver_loses_its_stream_and_not_the_connection(
+    error: Exception, buffered: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)
+        healthy = await one.open_stream(two.peer_id, ECHO)
+        receiver = Failing(error)
+        if not buffered:
+            stream.set_receiver(receiver)
+        await stream.write(b"x")
+        if buffered:
+            await until(lambda: bool(stream._received))
+            stream.set_receiver(receiver)
+        await until(lambda: bool(receiver.lost))
+        assert len(receiver.lost) == 1
+        await healthy.write(b"y")
+        assert await healthy.read_exactly(1) == b"y"
+
+    run_hosts(2, scene)
+
+
+def test_a_peer_that_filled_the_window_of_a_stream_closed_here_is_reset_not_left_waiting() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        streams: list[Stream] = []
+
+        async def never_reads(stream: Stream) -> None:
+            streams.append(stream)
+            await until(lambda: stream._received_bytes >= 262_144)
+
+        two.serve(MUTE, never_reads)
+        stream = await one.open_stream(two.peer_id, MUTE, addresses=two.addresses)
+        with pytest.raises(StreamReset):
+            await stream.write(bytes(8 << 20))
+
+    run_hosts(2, scene)
+
+
+def test_streams_that_agree_on_nothing_and_streams_never_ended_are_reset_in_time() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        async def leaves_at_once(stream: Stream) -> None:
+            """The stream is closed when this returns."""
+
+        two.serve(MUTE, leaves_at_once)
+        connection = await one.connect(two.peer_id, two.addresses)
+        kept_open = await one.open_stream(two.peer_id, MUTE)
+        assert await kept_open.read() == b""
+        connection.session.open()
+        connection.pump()
+        other = two.connection(one.peer_id)
+        assert other is not None
+        await until(lambda: other.unnegotiated == 1)
+        now = two.ports.clock.now()
+        two.maintain(now + limits.NEGOTIATE_TIMEOUT_S + 1)
+        assert other.unnegotiated == 0
+        assert kept_open.error is None
+        two.maintain(now + limits.STREAM_LINGER_S + 5)
+        await until(lambda: kept_open.error is not None)
+
+    run_hosts(2, scene)
+
+
+def test_a_byte_at_a_time_costs_the_receiver_no_object_a_byte() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, MUTE, addresses=two.addresses)
+        other = two.connection(one.peer_id)
+        assert other is not None
+        await until(lambda: any(lane.owner.protocol == MUTE for lane in other.session.lanes.values()))  # type: ignore[attr-defined]
+        received = next(lane.owner for lane in other.session.lanes.values() if lane.owner.protocol == MUTE)  # type: ignore[attr-defined]
+        assert isinstance(received, Stream)
+        for byte in range(256):
+            received.data_received(memoryview(bytes([byte])))
+        assert len(received._received) == 1
+        assert await received.read_exactly(256) == bytes(range(256))
+        assert stream.error is None
+
+    run_hosts(2, scene)
+
+
+def test_more_control_frames_than_a_message_holds_do_not_hold_up_the_data_behind_them() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)
+        connection = stream.connection
+        connection._uplink = 1.0
+        connection._blocked = True
+        for _ in range(200):
+            connection.session.reset(connection.session.open())
+        await stream.write(b"behind")
+        connection.resume_writing()
+        assert await stream.read_exactly(6) == b"behind"
+
+    run_hosts(2, scene)
+
+
+def test_one_peer_holds_few_connections_however_many_it_dials() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(one)
+        for _ in range(limits.DUPLICATES_PER_PEER + 5):
+            two._connections.pop(one.peer_id, None)
+            await two.connect(one.peer_id, one.addresses)
+            await two.open_stream(one.peer_id, MUTE)
+        await until(lambda: len(one._draining) <= limits.DUPLICATES_PER_PEER)
+        assert len(one._draining) == limits.DUPLICATES_PER_PEER
+
+    run_hosts(2, scene)
