@@ -75,10 +75,13 @@ class Announcer:
         while True:
             await asyncio.sleep(SAMPLE_S)
             for record in list(self._records.values()):
-                if record.state is State.ONLINE:
-                    self._follow(record, measure(record))
+                self.follow(measure(record))
 
-    def _follow(self, told: SpanRecord, measured: SpanRecord) -> None:
+    def follow(self, measured: SpanRecord) -> None:
+        """Take a sample of a model's figures, and tell them if they matter and it is time."""
+        told = self._records[measured.model]
+        if told.state is not State.ONLINE:
+            return
         model = told.model
         before = self._queue_s.get(model, told.queue_s)
         self._queue_s[model] = queue_s = before + SMOOTHING * (measured.queue_s - before)
