@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 from blocks.engine import limits
 from blocks.engine.errors import DeviceBusy
@@ -25,14 +25,24 @@ Done = Callable[[JobResult], None]
 Work = Callable[["Runner"], None]
 
 
+class JobRunner(Protocol):
+    """What the thread needs of a runner."""
+
+    def run(self, job: Job) -> JobResult: ...
+
+
 class DeviceThread:
     """A `Device`; use `start` and `stop` from the loop's thread.
 
     Jobs of one lease run in the order of submission: a later one is never more urgent than an earlier one that waits.
     """
 
-    def __init__(self, torch_threads: int | None = None) -> None:
+    def __init__(
+        self, torch_threads: int | None = None, *, make_runner: Callable[[], JobRunner] | None = None
+    ) -> None:
+        """``make_runner`` is called in the thread and replaces the one of torch (a benchmark's does no work)."""
         self._torch_threads = torch_threads
+        self._make_runner = make_runner or self._torch_runner
         self._lock = threading.Lock()
         self._wake = threading.Semaphore(0)
         self._heap: list[tuple[int, int, Job | Work, Done | None]] = []
@@ -117,14 +127,17 @@ class DeviceThread:
 
     # --- the thread ---
 
-    def _main(self) -> None:
+    def _torch_runner(self) -> Runner:
         import torch
 
         from blocks.engine.runner import Runner
 
         if self._torch_threads is not None:
             torch.set_num_threads(self._torch_threads)
-        runner = Runner()
+        return Runner()
+
+    def _main(self) -> None:
+        runner = self._make_runner()
         while True:
             self._wake.acquire()
             if self._stopping:
@@ -133,7 +146,7 @@ class DeviceThread:
                 _, _, work, done = heappop(self._heap)
             if done is None:
                 assert callable(work)
-                work(runner)
+                work(cast("Runner", runner))
                 with self._lock:
                     self._depth -= 1
                 continue
