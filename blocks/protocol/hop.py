@@ -165,7 +165,7 @@ class HopSession:
         hidden = window.hidden
         digest = None
         if hidden is not None and (left_process or self.successor != self._self_peer):
-            digest = sha256(hidden.data).digest()
+            digest = hidden.digest or sha256(hidden.data).digest()
         if turn == self._turn:
             self._take_again(window, digest)
             return

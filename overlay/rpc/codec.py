@@ -18,6 +18,8 @@ LEVEL = 1
 COMPRESS_BYTES_PER_S = 0.7e9
 """Measured: split and zstd-1 of 16-bit floats on one core."""
 EXPECTED_RATIO = 1.35
+WORTH_SHARE = 0.8
+"""Compress when the part then arrives within this share of its raw time: a measured uplink is only roughly one."""
 SMALL_BYTES = 4096
 
 
@@ -34,7 +36,7 @@ def choose_codec(part: Part, link_bytes_per_s: float | None) -> Codec:
         return Codec.RAW
     raw_s = part.size_bytes / link_bytes_per_s
     packed_s = raw_s / EXPECTED_RATIO + part.size_bytes / COMPRESS_BYTES_PER_S
-    return Codec.PLANES_ZSTD if packed_s < raw_s else Codec.RAW
+    return Codec.PLANES_ZSTD if packed_s < WORTH_SHARE * raw_s else Codec.RAW
 
 
 def encode_part(part: Part, codec: Codec) -> bytes | bytearray | memoryview:

@@ -6,6 +6,7 @@ arrive, which is the one copy made here. Remote input raises ProtocolViolation a
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,10 @@ class FrameDecoder:
         self._state = _State.PREFIX
         self._want = PREFIX.size
         self._gathered = bytearray()
+        self._body: bytearray | None = None
+        self._body_view = memoryview(b"")
+        self._body_filled = 0
+        self._digest: Any = None
         self._reset()
 
     def _reset(self) -> None:
@@ -109,7 +114,7 @@ class FrameDecoder:
     @property
     def is_idle(self) -> bool:
         """Whether the bytes so far end with a whole frame."""
-        return self._state is _State.PREFIX and not self._gathered
+        return self._state is _State.PREFIX and not self._gathered and self._body is None
 
     def feed(self, data: memoryview) -> list[Frame]:
         """Every frame that ``data`` completes."""
@@ -117,6 +122,13 @@ class FrameDecoder:
         offset, end = 0, len(data)
         try:
             while offset < end or not self._want:
+                if self._body is not None:
+                    offset += self._fill_body(data[offset:])
+                    if self._body_filled == self._want:
+                        frame = self._step(self._end_body())
+                        if frame is not None:
+                            frames.append(frame)
+                    continue
                 take = min(self._want - len(self._gathered), end - offset)
                 self._gathered += data[offset : offset + take]
                 offset += take
@@ -131,6 +143,28 @@ class FrameDecoder:
             self._want = 1
             raise
         return frames
+
+    def _start_body(self, size: int) -> None:
+        """Gather a raw part in a buffer of its size, hashed as it comes: one copy, one pass."""
+        self._body = bytearray(size)
+        self._body_view = memoryview(self._body)
+        self._body_filled = 0
+        self._digest = hashlib.sha256()
+
+    def _fill_body(self, data: memoryview) -> int:
+        filled = self._body_filled
+        piece = data[: self._want - filled]
+        self._body_view[filled : filled + len(piece)] = piece
+        self._digest.update(piece)
+        self._body_filled = filled + len(piece)
+        return len(piece)
+
+    def _end_body(self) -> bytearray:
+        body = self._body
+        assert body is not None
+        self._body = None
+        self._body_view = memoryview(b"")
+        return body
 
     def _step(self, data: bytearray) -> Frame | None:
         if self._state is _State.PREFIX:
@@ -188,8 +222,10 @@ class FrameDecoder:
 
     def _next_part(self) -> None:
         while len(self._parts) < self._part_count:
-            self._want = self._entries[len(self._parts)][1]
+            codec, self._want, _ = self._entries[len(self._parts)]
             if self._want:
+                if codec == Codec.RAW and self._want <= limits.BODY_AT_ONCE_BYTES:
+                    self._start_body(self._want)
                 return
             self._add_part(bytearray())
         self._want = PREFIX.size
@@ -204,7 +240,9 @@ class FrameDecoder:
         body: Buffer = data
         if codec == Codec.PLANES_ZSTD:
             body = decode_planes(data, DTYPE_BYTES[dtype], decoded)
-        self._parts.append(Part(name, dtype, shape, body))
+        digest = None if self._digest is None else self._digest.digest()
+        self._digest = None
+        self._parts.append(Part(name, dtype, shape, body, digest))
 
     def _finish(self) -> Frame:
         fields = self._fields

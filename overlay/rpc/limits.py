@@ -11,6 +11,8 @@ SIGNATURE_BYTES = 64
 # --- chosen ---
 PART_BYTES_MAX = 64 << 20
 MESSAGE_BYTES_MAX = 128 << 20
+BODY_AT_ONCE_BYTES = 4 << 20
+"""A raw part up to this size gets its buffer at once; a larger one's grows as its bytes come, so that a claim costs nothing."""
 KIND_CHARS_MAX = 32
 PART_NAME_CHARS_MAX = 64
 DIMENSIONS_MAX = 8

@@ -16,10 +16,17 @@ DOMAIN = b"peerd-message:1"
 
 def signed_bytes(header: bytes, parts: tuple[Part, ...]) -> bytes:
     """79 bytes that stand for a message."""
+    return DOMAIN + hashlib.sha256(header).digest() + digest_of(parts)
+
+
+def digest_of(parts: tuple[Part, ...]) -> bytes:
+    """SHA-256 over the parts' bytes in order; of a single part that's the part's own, which is hashed once."""
+    if len(parts) == 1 and parts[0].digest is not None:
+        return parts[0].digest
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.data)
-    return DOMAIN + hashlib.sha256(header).digest() + digest.digest()
+    return digest.digest()
 
 
 def sign(identity: Identity, header: bytes, parts: tuple[Part, ...]) -> bytes:

@@ -35,6 +35,8 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     data: bytes | bytearray | memoryview = field(repr=False)
+    digest: bytes | None = field(default=None, repr=False, compare=False)
+    """SHA-256 of ``data`` where it is known already: of parts that were received, hashed as they came."""
 
     @property
     def size_bytes(self) -> int:
