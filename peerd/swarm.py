@@ -85,7 +85,7 @@ class Swarm:
         self._clock = clock
         self._salt = randomness.token(16)
         self._catalog = Catalog()
-        self._health = Health()
+        self.health = Health()
         self._models: dict[ModelId, KnownModel] = {}
         self._block_counts: dict[ModelId, int] = {}
         self._own: dict[ModelId, SpanRecord] = {}
@@ -336,7 +336,7 @@ class Swarm:
         salt = self._salt + next(self._plans).to_bytes(8, "big")
         question = Question(own, compute_class, tuple(avoid), salt=salt)
         try:
-            return plan_route(view, self.name_of(model), question, costs, self._health, now)
+            return plan_route(view, self.name_of(model), question, costs, self.health, now)
         except BlocksUnserved as error:
             self._wake.set()
             if not self._is_fresh(model):
@@ -351,13 +351,13 @@ class Swarm:
         """A session's experience with a peer, or with its link to ``edge``."""
         fault = fault_of(error.code, error.blame)
         if fault is not None:
-            self._health.blame(peer, fault, self._clock.now(), edge)
+            self.health.blame(peer, fault, self._clock.now(), edge)
         self._wake.set()
 
     def praise(self, peers: Iterable[bytes]) -> None:
         """A session went well with these."""
         for peer in peers:
-            self._health.forgive(peer)
+            self.health.forgive(peer)
 
 
 def _manifest_of(record: Record) -> Manifest | None:

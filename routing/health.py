@@ -82,9 +82,13 @@ class Health:
         """``peer`` did well."""
         self._entries.pop((peer, b""), None)
 
-    def is_avoided(self, peer: bytes, now: float) -> bool:
+    def seconds_left(self, peer: bytes, now: float) -> float:
+        """How much longer a peer is to be left alone."""
         entry = self._entries.get((peer, b""))
-        return entry is not None and now < entry.until
+        return 0.0 if entry is None else max(0.0, entry.until - now)
+
+    def is_avoided(self, peer: bytes, now: float) -> bool:
+        return self.seconds_left(peer, now) > 0.0
 
     def is_edge_avoided(self, one: bytes, other: bytes, now: float) -> bool:
         """Whether the link between two peers failed lately, in either direction."""

@@ -17,8 +17,9 @@ from overlay.errors import DialError
 from overlay.host import Host
 from peerd.announcer import Announcer
 from peerd.model_exchange import ModelFetcher, ModelShelf, NobodyHasIt
-from peerd.swarm import AmbiguousModel, Swarm, UnknownModel
+from peerd.swarm import FRESH_S, AmbiguousModel, Swarm, UnknownModel
 from routing.errors import BlocksPending, BlocksUnserved
+from routing.placement import choose_span
 from routing.records import SpanRecord, State
 from routing.types import ComputeClass, Span
 from tests.models import make_tiny
@@ -66,6 +67,16 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return make_manifest(resolve(str(directory)), FLOAT32)
 
 
+class SkewedClock:
+    """The loop's time, ahead by as much as a test says."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time() + self.ahead_s
+
+
 async def seen_by(member: Member, manifest: Manifest, spans: list[tuple[str, str]]) -> None:
     """Until the member sees exactly these (span, state)."""
     async with asyncio.timeout(10):
@@ -95,6 +106,85 @@ def test_what_one_announces_the_others_see_change_and_go(manifest: Manifest) -> 
             three.swarm.plan(manifest.model, FLOAT32, ())
 
     run_members(3, scene)
+
+
+def test_claims_are_seen_before_anybody_told_what_the_model_is(manifest: Manifest) -> None:
+    async def scene(one: Member, newcomer: Member) -> None:
+        one.announcer.announce(one.record(manifest, Span(0, 2), State.JOINING), 4)
+        newcomer.swarm.expect_blocks(manifest.model, 4)
+        await seen_by(newcomer, manifest, [("0:2", "joining")])
+        assert choose_span(newcomer.swarm.view(manifest.model), 2, FLOAT32) == Span(2, 4)
+
+    run_members(2, scene)
+
+
+def test_nobody_serves_is_said_only_after_a_fresh_look(manifest: Manifest) -> None:
+    async def scene(one: Member, reader: Member) -> None:
+        one.announcer.announce_manifest(manifest)
+        one.announcer.announce(one.record(manifest, Span(0, 2)), 4)
+        clock = SkewedClock()
+        ports = system_ports()
+        reader.swarm = Swarm(reader.host, reader.dht, clock, ports.randomness)
+        await seen_by(reader, manifest, [("0:2", "online")])
+        with pytest.raises(BlocksUnserved, match="2:4"):
+            reader.swarm.plan(manifest.model, FLOAT32, ())
+        clock.ahead_s = FRESH_S + 1.0
+        with pytest.raises(BlocksPending, match="2:4"):
+            reader.swarm.plan(manifest.model, FLOAT32, ())
+        one.announcer.announce(one.record(manifest, Span(0, 4)), 4)
+        await reader.swarm.freshen(manifest.model)
+        assert reader.swarm.plan(manifest.model, FLOAT32, ()).hops[0].span == Span(0, 4)
+
+    run_members(2, scene)
+
+
+def test_what_this_node_resolved_itself_beats_what_strangers_call_theirs(manifest: Manifest, tmp_path: Path) -> None:
+    twin = make_manifest(resolve(str(make_tiny("llama", tmp_path / "tiny", seed=1))), FLOAT32)
+
+    async def scene(one: Member, mallory: Member, reader: Member) -> None:
+        reader.swarm.learn_name("tiny", manifest.model)
+        one.announcer.announce_manifest(manifest)
+        mallory.announcer.announce_manifest(twin)
+        async with asyncio.timeout(5):
+            while len(reader.swarm.models()) < 2:
+                await reader.swarm.refresh()
+        assert reader.swarm.resolve_name("tiny").manifest.model == manifest.model
+        assert reader.swarm.name_of(manifest.model) == "tiny"
+        assert reader.swarm.name_of(twin.model) == f"tiny@{twin.model.hex()[:12]}"
+        with pytest.raises(UnknownModel):
+            reader.swarm.resolve_name(f"tiny@{twin.model.hex()[:3]}")
+
+    run_members(3, scene)
+
+
+def test_of_two_manifests_of_one_model_the_one_that_more_servers_give_counts(manifest: Manifest) -> None:
+    false = replace(manifest, tensors=tuple(replace(entry, sha256=bytes(32)) for entry in manifest.tensors))
+
+    async def scene(mallory: Member, one: Member, two: Member, reader: Member) -> None:
+        for member, said in ((mallory, false), (one, manifest), (two, manifest)):
+            member.announcer.announce_manifest(said)
+        async with asyncio.timeout(5):
+            while not reader.swarm.models() or len(reader.swarm.models()[0].publishers) < 3:
+                await reader.swarm.refresh()
+        assert reader.swarm.models()[0].manifest.tensors == manifest.tensors
+
+    run_members(4, scene)
+
+
+def test_a_peer_that_did_well_again_is_forgiven(manifest: Manifest) -> None:
+    async def scene(one: Member, reader: Member) -> None:
+        one.announcer.announce_manifest(manifest)
+        peer = one.host.peer_id.multihash
+        lengths = []
+        for _ in range(2):
+            for _ in range(3):
+                reader.swarm.blame(peer, DialError("gone"))
+            lengths.append(reader.swarm.health.seconds_left(peer, asyncio.get_running_loop().time()))
+            reader.swarm.praise([peer])
+            assert reader.swarm.health.seconds_left(peer, asyncio.get_running_loop().time()) == 0.0
+        assert lengths == pytest.approx([4.0, 4.0], abs=0.5), "the second time starts anew"
+
+    run_members(2, scene)
 
 
 def test_a_record_in_somebody_elses_name_is_not_believed(manifest: Manifest) -> None:
