@@ -23,6 +23,7 @@ FREE_SHARE = 0.7
 """Of the free memory: the rest is left to the system, buffers and whatever else the machine is for."""
 KV_SHARE = 0.25
 """Of what a daemon may use, kept for sessions."""
+FIELD_MAX = 1 << 24
 RUNTIME_BYTES = 400 << 20
 """torch, transformers and the daemon itself."""
 
@@ -75,15 +76,50 @@ def footprint(
     )
 
 
+def _decoder_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
+def _positive(fields: Mapping[str, Any], *names: str) -> int | None:
+    """The first of the customary names that has a sensible number."""
+    for name in names:
+        value = fields.get(name)
+        if type(value) is int and 0 < value <= FIELD_MAX:
+            return value
+    return None
+
+
+def stored_parameters(config: Mapping[str, Any], weight_bytes: int) -> int:
+    """How many parameters files of ``weight_bytes`` hold; where a config doesn't say how they are stored, 16 bits each,
+    which never takes a model for smaller than it is."""
+    fields = _decoder_fields(config)
+    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "")
+    return weight_bytes // (4 if stored.endswith("32") else 1 if "float8" in stored else 2)
+
+
+def outside_parameters(config: Mapping[str, Any], parameters: int) -> int:
+    """Of ``parameters`` those in embeddings and head."""
+    fields = _decoder_fields(config)
+    width = _positive(fields, "hidden_size", "n_embd", "d_model") or 0
+    tables = 1 if fields.get("tie_word_embeddings", True) is True else 2
+    return min(parameters, tables * (_positive(fields, "vocab_size") or 0) * width)
+
+
 def kv_values_of(config: Mapping[str, Any]) -> int:
     """Keys and values of one token in one block, from a config; a generous guess where it is unusual."""
-    nested = config.get("text_config")
-    fields = nested if isinstance(nested, Mapping) else config
-    hidden = int(fields.get("hidden_size") or fields.get("n_embd") or fields.get("d_model") or 4096)
-    heads = int(fields.get("num_attention_heads") or fields.get("n_head") or 1)
-    kv_heads = int(fields.get("num_key_value_heads") or heads)
-    head = int(fields.get("head_dim") or hidden // max(1, heads))
-    return 2 * kv_heads * head
+    fields = _decoder_fields(config)
+    width = _positive(fields, "hidden_size", "n_embd", "d_model") or 4096
+    heads = _positive(fields, "num_attention_heads", "n_head") or 1
+    kv_heads = _positive(fields, "num_key_value_heads", "num_kv_heads") or heads
+    latent = (
+        _positive(fields, "qk_nope_head_dim"),
+        _positive(fields, "qk_rope_head_dim"),
+        _positive(fields, "v_head_dim"),
+    )
+    if all(latent):  # compressed attention: the cache holds what the compressed form expands to
+        return heads * sum(part or 0 for part in latent)
+    return 2 * kv_heads * (_positive(fields, "head_dim") or max(1, width // heads))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from blocks.engine.thread import DeviceThread
 from blocks.model.identity import Manifest, id_of, make_manifest
 from blocks.model.source import DEMO, ModelSource, resolve, text_config
 from blocks.protocol.device import JobResult, LeaseKey, ReleaseJob, SpanJob
-from blocks.sizing import Footprint, Sizing, kv_values_of, size_up
+from blocks.sizing import Footprint, Sizing, footprint, kv_values_of, outside_parameters, size_up, stored_parameters
 from blocks.text import TextCodec
 from overlay.errors import Blame, PeerdError
 from overlay.host import Host
@@ -438,19 +438,12 @@ def _spec_of(manifest: Manifest) -> str:
 
 
 def _footprint(source: ModelSource, compute_class: ComputeClass) -> Footprint:
-    sizes = {file.name: file.size for file in source.weights}
-    names = len(source.tensors) or 1
-    outside = len(source.tensors_outside_blocks())
-    total = sum(sizes.values())
-    stored_bytes = 2 if str(text_config(source.config).get("dtype", "")).endswith("16") else 4
-    parameters = total // stored_bytes
-    from blocks.sizing import footprint
-
-    in_blocks = parameters * (names - outside) // names
+    parameters = stored_parameters(source.config, sum(file.size for file in source.weights))
+    outside = outside_parameters(source.config, parameters)
     return footprint(
         source.blocks,
-        in_blocks,
-        parameters - in_blocks,
+        parameters - outside,
+        outside,
         compute_class.dtype,
         compute_class.quant,
         kv_values_of(source.config),
