@@ -111,7 +111,7 @@ def kv_values_of(config: Mapping[str, Any]) -> int:
     fields = _decoder_fields(config)
     width = _positive(fields, "hidden_size", "n_embd", "d_model") or 4096
     heads = _positive(fields, "num_attention_heads", "n_head") or 1
-    kv_heads = _positive(fields, "num_key_value_heads", "num_kv_heads") or heads
+    kv_heads = _positive(fields, "num_key_value_heads") or heads  # falcon's num_kv_heads are cached per head
     latent = (
         _positive(fields, "qk_nope_head_dim"),
         _positive(fields, "qk_rope_head_dim"),

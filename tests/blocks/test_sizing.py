@@ -97,6 +97,10 @@ def test_an_odd_config_gives_a_guess_and_no_error(config: dict[str, Any]) -> Non
     assert 0 <= outside_parameters(config, 1000) <= 1000
 
 
+def test_groups_that_are_spread_before_they_are_cached_count_as_all_heads() -> None:
+    assert kv_values_of({"hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2}) == 2 * 4 * 8
+
+
 def test_compressed_attention_counts_what_its_cache_expands_to() -> None:
     config = {
         "num_attention_heads": 128,
