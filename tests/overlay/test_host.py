@@ -23,11 +23,13 @@ from overlay.host import Host, HostConfig
 from overlay.multiaddr import Multiaddr
 from overlay.ping import PING
 from overlay.stream import Stream
+from overlay.yamux.session import INITIAL_WINDOW
 from tests.overlay.network import identity, run_hosts, until
 
 ECHO = "/test/echo/1"
 SINK = "/test/sink/1"
 MUTE = "/test/mute/1"
+NEGOTIATION_BYTES_AT_MOST = 100
 
 
 async def echo(stream: Stream) -> None:
@@ -374,18 +376,19 @@ def test_a_failing_receiver_loses_its_stream_and_not_the_connection(
 
 def test_a_peer_that_filled_the_window_of_a_stream_closed_here_is_reset_not_left_waiting() -> None:
     async def scene(one: Host, two: Host) -> None:
-        streams: list[Stream] = []
+        filled: list[bool] = []
 
         async def never_reads(stream: Stream) -> None:
-            streams.append(stream)
-            await until(lambda: stream._received_bytes >= 262_144)
+            await until(lambda: stream._received_bytes > INITIAL_WINDOW - NEGOTIATION_BYTES_AT_MOST)
+            filled.append(True)
 
         two.serve(MUTE, never_reads)
         stream = await one.open_stream(two.peer_id, MUTE, addresses=two.addresses)
         with pytest.raises(StreamReset):
             await stream.write(bytes(8 << 20))
+        assert filled == [True]
 
-    run_hosts(2, scene)
+    run_hosts(2, scene, timeout_s=10)
 
 
 def test_streams_that_agree_on_nothing_and_streams_never_ended_are_reset_in_time() -> None:
@@ -441,6 +444,7 @@ def test_more_control_frames_than_a_message_holds_do_not_hold_up_the_data_behind
             connection.session.reset(connection.session.open())
         await stream.write(b"behind")
         connection.resume_writing()
+        assert not stream.outgoing
         assert await stream.read_exactly(6) == b"behind"
 
     run_hosts(2, scene)
