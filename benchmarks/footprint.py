@@ -21,13 +21,22 @@ from peerd.loopback import running, start_daemon
 IDLE_S = 10.0
 
 
+LAUNCHER = """
+import os, sys, time
+started = time.perf_counter()
+quiet = os.open(os.devnull, os.O_WRONLY)
+actions = [(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)]
+_, _, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=actions), 0)
+print(time.perf_counter() - started, usage.ru_maxrss / 1024)
+"""
+"""A small parent: Linux counts what a process was before `exec` into its peak, and this one imports torch."""
+
+
 def measured_child(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, float]:
     """(wall seconds, peak MB) of one command, by wait4."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    _, _, usage = os.wait4(process.pid, 0)
-    process.returncode = 0
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    launcher = [sys.executable, "-S", "-E", "-c", LAUNCHER, *command]
+    wall, peak = subprocess.run(launcher, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    return float(wall), float(peak)
 
 
 def socket_answers_after(socket: Path, started: float) -> float:
