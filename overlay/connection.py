@@ -29,14 +29,17 @@ log = logging.getLogger(__name__)
 CONTROL_IN_MESSAGE_BYTES = 2 << 10
 """Up to so much, control frames share a message with data."""
 
+PIECE_ALONE_BYTES = 32 << 10
+"""A piece of so much is sealed from where it lies, in a message of its own; smaller ones are joined, which costs less."""
+
 _rings: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 
 def receive_ring(loop: asyncio.AbstractEventLoop) -> memoryview:
-    """The receive buffer that all connections of one loop share."""
+    """What all connections of one loop receive into: the socket's bytes, and after them one message's plaintext."""
     ring = _rings.get(loop)
     if ring is None:
-        ring = _rings[loop] = memoryview(bytearray(limits.RECEIVE_RING_BYTES))
+        ring = _rings[loop] = memoryview(bytearray(limits.RECEIVE_RING_BYTES + PLAINTEXT_BYTES_MAX))
     return ring
 
 
@@ -146,7 +149,8 @@ class Connection(asyncio.BufferedProtocol):
             self.remote_address = name
         elif name:
             self.remote_address = tcp_address(name[0], name[1])
-        self._ring = receive_ring(asyncio.get_running_loop())
+        ring = receive_ring(asyncio.get_running_loop())
+        self._ring, self._plain = ring[: limits.RECEIVE_RING_BYTES], ring[limits.RECEIVE_RING_BYTES :]
         self.opened_at = self.last_received = self._now()
         if not self._owner.connection_admitted(self):
             self.abort(UpgradeError("Too many handshakes at once; try again later."))
@@ -196,7 +200,7 @@ class Connection(asyncio.BufferedProtocol):
         receiver, session = self._receiver, self.session
         assert receiver is not None
         for sealed in self._splitter.feed(data):
-            session.receive(memoryview(receiver.open(sealed)), now)
+            session.receive(receiver.open_into(sealed, self._plain), now)
             if self._error is not None:
                 return
 
@@ -306,10 +310,10 @@ class Connection(asyncio.BufferedProtocol):
         try:
             while not self._blocked:
                 self._write_long_control()
-                plaintext = self._fill()
-                if not plaintext:
+                plaintexts = self._fill()
+                if not plaintexts:
                     break
-                sealed = self._sender.seal_framed(plaintext)
+                sealed = self._sender.seal_framed_each(plaintexts)
                 self.sent_bytes += len(sealed)
                 self._transport.write(sealed)
         except ProtocolViolation as error:
@@ -322,8 +326,8 @@ class Connection(asyncio.BufferedProtocol):
             return limits.CHUNK_BYTES_MAX
         return min(limits.CHUNK_BYTES_MAX, max(limits.CHUNK_BYTES_MIN, int(self._uplink * limits.CHUNK_SECONDS)))
 
-    def _fill(self) -> bytes:
-        """The next Noise plaintext: control frames, then frames of streams in order of priority."""
+    def _fill(self) -> list[bytes | memoryview]:
+        """The next Noise plaintexts: control frames, then frames of streams in order of priority."""
         pieces: list[bytes | memoryview] = []
         room = min(PLAINTEXT_BYTES_MAX, self._chunk_bytes())
         if self.session.has_control:
@@ -338,7 +342,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.schedule_rest(stream)
             if queue:
                 break
-        return b"".join(pieces)
+        return _joined(pieces)
 
     def _write_long_control(self) -> None:
         """More control frames than one message holds go out in messages of their own; data follows after them."""
@@ -438,3 +442,22 @@ class Connection(asyncio.BufferedProtocol):
     async def wait_closed(self) -> None:
         """Until the connection has ended, whatever the reason."""
         await self._closed.wait()
+
+
+def _joined(pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Runs of small pieces put together; large ones as they are, which saves a copy of every tensor."""
+    if all(len(piece) < PIECE_ALONE_BYTES for piece in pieces):
+        return [b"".join(pieces)] if pieces else []
+    joined: list[bytes | memoryview] = []
+    run: list[bytes | memoryview] = []
+    for piece in pieces:
+        if len(piece) < PIECE_ALONE_BYTES:
+            run.append(piece)
+            continue
+        if run:
+            joined.append(b"".join(run))
+            run = []
+        joined.append(piece)
+    if run:
+        joined.append(b"".join(run))
+    return joined

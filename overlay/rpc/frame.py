@@ -24,6 +24,8 @@ PREFIX = struct.Struct(">BBHIQ")
 PART_ENTRY = struct.Struct(">BBHII")
 FLAG_SIGNED, FLAG_END = 1, 2
 FLAGS_KNOWN = 3
+PACK_BUFFER_BYTES = 1024
+"""Where a header is packed; it grows when needed. The package's own choice of 256 KiB is mapped anew for every header."""
 UNDERSTOOD = frozenset(("k", "f", "t", "p", "nonce", "budget_ms"))
 """Header fields of this layer; a `crit` list may name these and what the layer above declares."""
 
@@ -47,7 +49,7 @@ def encode_header(message: Message, sender: bytes, recipient: bytes) -> bytes:
         fields["p"] = [[part.name, part.dtype, part.shape] for part in message.parts]
     else:
         fields.pop("p", None)
-    packed: bytes = msgpack.packb(fields)
+    packed: bytes = msgpack.packb(fields, buf_size=PACK_BUFFER_BYTES)
     if len(packed) > limits.HEADER_BYTES_MAX or len(message.parts) > limits.PARTS_MAX:
         raise ValueError(f"a {message.kind} message is over the limits of a frame")
     return packed
