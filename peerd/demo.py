@@ -224,8 +224,9 @@ def replicas_online(swarm: dict[str, Any]) -> list[int]:
 
 def reference_tokens(prompts: list[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
     """Greedy continuations by local `transformers`: what the swarm has to equal."""
-    from blocks.model.exact import Reference
+    from blocks.model.exact import Reference, use_one_thread
 
+    use_one_thread()  # the daemons want the other cores
     reference = Reference.load("demo")
     ends = set(TextCodec.from_directory(MODEL_DIRECTORY).end_token_ids)
     return [_until_end(reference.greedy(prompt, max_tokens), ends) for prompt in prompts]

@@ -154,6 +154,11 @@ def _is_extra(source: ModelSource, name: str) -> bool:
     return index.isdecimal() and int(index) >= source.blocks
 
 
+def use_one_thread() -> None:
+    """Leave the machine's other cores to who else computes on it."""
+    torch.set_num_threads(1)
+
+
 def check(generate: Generate, reference: Reference, prompts: Sequence[Sequence[int]], max_tokens: int) -> Verdict:
     """Compare greedy tokens over ``prompts`` with the reference's.
 
