@@ -1,7 +1,7 @@
 """The device's thread: the one place where torch computes, behind a bounded queue by priority.
 
-Owns the thread, the queue and the hand-over back to the loop. Waking up is what a token pays for here: the thread blocks on a lock
-that `submit` releases (no polling), and completions that pile up share one wake-up of the loop. Imports torch only in the
+Owns the thread, the queue and the hand-over back to the loop. Waking up is what a token pays for here: the thread blocks in a C queue
+that `submit` feeds (no polling), and completions that pile up share one wake-up of the loop. Imports torch only in the
 thread, so that a daemon's socket answers while torch loads.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol, cast
 
 from blocks.engine import limits
@@ -44,7 +45,7 @@ class DeviceThread:
         self._torch_threads = torch_threads
         self._make_runner = make_runner or self._torch_runner
         self._lock = threading.Lock()
-        self._wake = threading.Semaphore(0)
+        self._wake: SimpleQueue[None] = SimpleQueue()
         self._heap: list[tuple[int, int, Job | Work, Done | None]] = []
         self._waiting: dict[tuple[bytes, int], tuple[int, int]] = {}
         """Per lease: how many jobs wait or run, and the least urgent priority among them."""
@@ -73,7 +74,7 @@ class DeviceThread:
     def stop(self) -> None:
         """End the thread after the job that runs; what waits is not run."""
         self._stopping = True
-        self._wake.release()
+        self._wake.put(None)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -123,7 +124,7 @@ class DeviceThread:
             self._count += 1
             self._depth += 1
             heappush(self._heap, (priority, self._count, work, done))
-        self._wake.release()
+        self._wake.put(None)
 
     # --- the thread ---
 
@@ -139,7 +140,7 @@ class DeviceThread:
     def _main(self) -> None:
         runner = self._make_runner()
         while True:
-            self._wake.acquire()
+            self._wake.get()
             if self._stopping:
                 return
             with self._lock:
