@@ -233,7 +233,9 @@ async def drive(pool: DecoderPool, plan: Plan, hops: Sequence[Hop], width: int, 
     return await watch.steps_ms()
 
 
-async def measure(width: int, tokens: int, *, probed: bool, rounds: int = ROUNDS) -> tuple[list[list[float]], dict[str, float]]:
+async def measure(
+    width: int, tokens: int, *, probed: bool, rounds: int = ROUNDS
+) -> tuple[list[list[float]], dict[str, float]]:
     """Steps of rings of 1 to `HOPS_MAX` hops, interleaved; and the split of a middle hop's time, per window."""
     processes = start_hops(width, probed)
     steps: list[list[float]] = [[] for _ in processes]

@@ -38,9 +38,7 @@ class DeviceThread:
     Jobs of one lease run in the order of submission: a later one is never more urgent than an earlier one that waits.
     """
 
-    def __init__(
-        self, torch_threads: int | None = None, *, make_runner: Callable[[], JobRunner] | None = None
-    ) -> None:
+    def __init__(self, torch_threads: int | None = None, *, make_runner: Callable[[], JobRunner] | None = None) -> None:
         """``make_runner`` is called in the thread and replaces the one of torch (a benchmark's does no work)."""
         self._torch_threads = torch_threads
         self._make_runner = make_runner or self._torch_runner
