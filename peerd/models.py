@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,8 @@ Result = TypeVar("Result")
 
 CLAIM_SETTLES_S = 0.4
 FIND_NETWORK_S = 2.0
-RETRY_S = 5.0
+PROGRESS_S = 3.0
+"""How often a load that takes long says how far it is."""
 MEASURED_STEPS = 4
 KV_BYTES_MIN = 64 << 20
 LOW_MEMORY_SHARE = 0.5
@@ -133,6 +134,19 @@ class ModelHost:
     async def _slowly(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
 
+    async def _told(self, served: Served, work: Coroutine[Any, Any, Result]) -> Result:
+        """Await slow work on a model, and say every few seconds how far it is."""
+        telling = asyncio.get_running_loop().create_task(self._tell_progress(served), name="loading progress")
+        try:
+            return await work
+        finally:
+            telling.cancel()
+
+    async def _tell_progress(self, served: Served) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            log.info("loading blocks %s of %s: %d %%", served.record.span, served.name, 100 * served.progress)
+
     # --- serving ---
 
     async def serve_configured(self, *, new_network: bool) -> None:
@@ -184,7 +198,7 @@ class ModelHost:
             await self._announcer.withdraw_stale()
         served = self._served[model]
         log.info("loading blocks %s of %s (%s)", span, source.name, compute_class)
-        manifest = await self._slowly(self._make_manifest, source, span, compute_class)
+        manifest = await self._told(served, self._slowly(self._make_manifest, source, span, compute_class))
         self._shelf.add(source, manifest)
         self._announcer.announce_manifest(manifest)
         await self._load(served, span, compute_class)
@@ -288,7 +302,7 @@ class ModelHost:
             loaded.prepare_steps()
             return lambda runner: runner.install_span(key, loaded)
 
-        install = await self._slowly(load)
+        install = await self._told(served, self._slowly(load))
         await self._device.call(install)
 
     def _make_manifest(self, source: ModelSource, span: Span, compute_class: ComputeClass) -> Manifest:
