@@ -1,49 +1,53 @@
-"""``make bench``: every part in order, from one run on one machine. ``--only NAME`` runs one of them."""
+"""Every part in order, each printing its own table: ``python -m benchmarks [--only NAME]``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from benchmarks import engine_steps, footprint, ring_hops, swarm_steps
-
-PARTS: dict[str, Callable[[], None]] = {
-    "engine": engine_steps.main,
-    "swarm": swarm_steps.main,
-    "hops": ring_hops.main,
-    "footprint": footprint.main,
+PARTS = {
+    "engine": "benchmarks.engine_steps",
+    "hops": "benchmarks.ring_hops",
+    "streams": "benchmarks.overlay_streams",
+    "swarm": "benchmarks.swarm_steps",
+    "footprint": "benchmarks.footprint",
 }
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """The CPU's name, as the system tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        pass
+    return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    """Run the parts."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=sorted(PARTS), help="run this part alone")
+def main() -> int:
+    """Print the machine, then the parts asked for."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Speed of this checkout, each ratio from one run.")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     only = parser.parse_args().only
-    print(
-        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, one torch thread"
-    )
-    for name, run in PARTS.items():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = f"load {os.getloadavg()[0]:.1f} at the start"
+    print(f"{cores} cores of {processor()}, Python {platform.python_version()}, torch {version('torch')}, {load}")
+    started = time.perf_counter()
+    for name, module in PARTS.items():
         if only in (None, name):
-            started = time.monotonic()
-            run()
-            print(f"  ({name}: {time.monotonic() - started:.0f} s)")
+            print(f"\n== {name}", flush=True)
+            importlib.import_module(module).main()
+            sys.stdout.flush()
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

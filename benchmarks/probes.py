@@ -24,6 +24,7 @@ from overlay.connection import Connection
 from overlay.noise.transport import CipherState
 from overlay.rpc.frame import FrameDecoder
 
+SOCKET_TRANSPORT: object = vars(asyncio.selector_events)["_SelectorSocketTransport"]
 LAYERS = ("codec", "signature", "noise", "mux", "session", "socket calls", "hand-over")
 WRAPPED: tuple[tuple[object, str, str], ...] = (
     (overlay.rpc.channel, "encode_frame", "codec"),
@@ -34,13 +35,14 @@ WRAPPED: tuple[tuple[object, str, str], ...] = (
     (CipherState, "open", "noise"),
     (CipherState, "open_into", "noise"),
     (CipherState, "seal_framed", "noise"),
+    (CipherState, "seal_framed_each", "noise"),
     (Connection, "buffer_updated", "mux"),
     (Connection, "pump", "mux"),
     (SpanService, "data_received", "session"),
     (SpanService, "_job_done", "session"),
     (blocks.protocol.hop, "sha256", "signature"),
-    (asyncio.selector_events._SelectorSocketTransport, "write", "socket calls"),
-    (asyncio.selector_events._SelectorSocketTransport, "_read_ready__get_buffer", "socket calls"),
+    (SOCKET_TRANSPORT, "write", "socket calls"),
+    (SOCKET_TRANSPORT, "_read_ready__get_buffer", "socket calls"),
 )
 
 
@@ -69,7 +71,7 @@ class Probes:
             original = getattr(owner, name, None)
             if original is not None:
                 setattr(owner, name, self.timed(original, layer))
-        overlay.rpc.frame.hashlib = SimpleNamespace(sha256=lambda: TimedHash(self))  # type: ignore[assignment]
+        vars(overlay.rpc.frame)["hashlib"] = SimpleNamespace(sha256=lambda: TimedHash(self))
         self._watch_device()
 
     def take(self) -> dict[str, float]:

@@ -92,7 +92,6 @@ def start_swarm(
     directory: Path, daemons: list[Daemon], model: str, blocks: int, servers: int, *, client: bool = True
 ) -> Path:
     """``servers`` daemons with equal spans and a client; returns the socket that drives."""
-    first = len(daemons)
     edges = [blocks * index // servers for index in range(servers + 1)]
     join: tuple[str, ...] = ()
     for index in range(servers):
@@ -101,8 +100,9 @@ def start_swarm(
             f"s{servers}-{index}-{client}", directory, "--model", model, "--serve-blocks", span, *join
         )
         daemons.append(daemon)
-        daemon.wait_ready()
-        join = ("--join", daemons[first].join_address)
+        if index == 0:  # the others start together
+            daemon.wait_ready()
+            join = ("--join", daemon.join_address)
     if client:
         daemons.append(start_daemon(f"s{servers}-client", directory, "--serve-blocks", "none", *join))
         daemons[-1].wait_ready()
