@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from blocks.demo import MODEL_DIRECTORY
 from blocks.text import TextCodec
 from peerd.client import Client
-from peerd.loopback import Daemon, DaemonFailed, running, start_daemon
+from peerd.loopback import END_SIGNALS, Daemon, DaemonFailed, running, start_daemon, uninterrupted
 
 SPANS = (("anna", "0:4"), ("ben", "4:8"), ("cleo", "8:12"), ("dora", "4:8"))
 CLIENT = "client"
@@ -86,16 +86,20 @@ class Demo:
         self.step("starting four daemons that each serve a third of the demo model, and one that serves nothing")
         join: tuple[str, ...] = ()
         for name, span in SPANS:
-            self.daemons.append(start_daemon(name, directory, "--model", "demo", "--serve-blocks", span, *join))
+            self._start(name, directory, "--model", "demo", "--serve-blocks", span, *join)
             if not join:
                 self.daemons[0].wait_ready()
                 join = ("--join", self.daemons[0].join_address)
-        self.daemons.append(start_daemon(CLIENT, directory, "--serve-blocks", "none", *join))
+        self._start(CLIENT, directory, "--serve-blocks", "none", *join)
         for daemon in self.daemons[1:]:
             daemon.wait_ready()
         for daemon, (_, span) in zip(self.daemons, SPANS, strict=False):
             self.say(f"          {daemon.name:<7} pid {daemon.process.pid:<7} blocks {span}")
         self.say(f"          {CLIENT:<7} pid {self.daemons[-1].process.pid:<7} no blocks")
+
+    def _start(self, name: str, directory: Path, *arguments: str) -> None:
+        with uninterrupted():
+            self.daemons.append(start_daemon(name, directory, *arguments))
 
     def _wait_complete(self, client: Client) -> None:
         self.step("waiting until every block is online, the middle third twice")
@@ -183,8 +187,8 @@ class Demo:
 
     def _busy_middle(self, client: Client) -> Daemon:
         sessions = client.status().get("sessions", [])
-        peers = [hop["peer"] for session in sessions for hop in session["route"] if hop["span"] == "4:8"]
-        for name in ("ben", "dora"):
+        peers = [hop["peer"] for session in sessions for hop in session["route"]]
+        for name in ("ben", "dora"):  # a route may also use a part of each
             if any(peer in self._daemon(name).join_line for peer in peers):
                 return self._daemon(name)
         raise DaemonFailed("The client shows no session that uses blocks 4:8.")
@@ -241,9 +245,10 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def main(out: TextIO = sys.stdout) -> int:
-    """Run the demo in a temporary directory and clean up, also on Ctrl-C and SIGTERM."""
+    """Run the demo in a temporary directory and clean up, also on Ctrl-C, on SIGTERM, and when its terminal goes."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in END_SIGNALS:
+            signal.signal(number, signal.default_int_handler)
     demo = Demo(out)
     try:
         with tempfile.TemporaryDirectory(prefix="peerd-demo-") as directory, running(demo.daemons):

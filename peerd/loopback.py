@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from pathlib import Path
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 READY_LINE_BYTES = 8192
 
 
@@ -99,15 +102,18 @@ class Daemon:
             self.process.stdout.close()
 
 
-def start_daemon(name: str, directory: Path, *arguments: str, torch_threads: int = 1) -> Daemon:
+def start_daemon(
+    name: str, directory: Path, *arguments: str, torch_threads: int = 1, listen: str | None = LOOPBACK
+) -> Daemon:
     """Start ``peerd start ARGUMENTS`` with its own state directory below ``directory``; returns before it is ready.
 
-    It listens on loopback only, on a port that the kernel picks, unless ``--listen`` is among the arguments.
+    It listens on loopback only, on a port that the kernel picks, unless ``--listen`` is among the arguments; with ``listen`` None,
+    where daemons listen by themselves. Its standard error is appended to `Daemon.log_path`.
     """
     state_dir = directory / name
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    listen = () if "--listen" in arguments else ("--listen", "/ip4/127.0.0.1/tcp/0")
-    command = [sys.executable, "-m", "peerd", "start", "--state-dir", str(state_dir), *listen, *arguments]
+    where = () if listen is None or "--listen" in arguments else ("--listen", listen)
+    command = [sys.executable, "-m", "peerd", "start", "--state-dir", str(state_dir), *where, *arguments]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PEERD_")}
     environment = kept | {"OMP_NUM_THREADS": str(torch_threads), "PYTHONUNBUFFERED": "1"}
     with (state_dir / "log").open("ab") as log:
@@ -128,7 +134,25 @@ def running(daemons: list[Daemon]) -> Iterator[list[Daemon]]:
     try:
         yield daemons
     finally:
-        stop_all(daemons)
+        with uninterrupted():
+            stop_all(daemons)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and its like back until the block has ended, so that no process is started and forgotten, or left half stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: held.append(got)) for number in END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def stop_all(daemons: Sequence[Daemon]) -> None:

@@ -180,6 +180,7 @@ class Node:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, JOIN_RETRY_MAX_S)
         self._joined = True
+        self._save_peers()  # now, so that a daemon that is killed young finds its network again
         self._swarm.look_now()
         log.info("joined the network")
 
