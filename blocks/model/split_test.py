@@ -202,9 +202,9 @@ def _random_model(config: Mapping[str, Any], directory: Path) -> PreTrainedModel
                 if parameter.dim() > 1:
                     parameter.data.normal_(0.0, 0.2)
             model.save_pretrained(directory)
+            whole: PreTrainedModel = type(model).from_pretrained(directory, dtype=torch.float32).eval()
     finally:
         torch.random.set_rng_state(state)
-    whole: PreTrainedModel = type(model).from_pretrained(directory, dtype=torch.float32).eval()
     return whole
 
 
