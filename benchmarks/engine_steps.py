@@ -28,7 +28,7 @@ from routing.types import Span
 from tests.models import make_tiny
 from tests.ring import KEY, Listener, Plans, Ring, route
 
-ROUNDS = 9
+ROUNDS = 7
 HAND_OVERS = 2000
 
 

@@ -20,7 +20,7 @@ from peerd.loopback import Daemon, running, start_daemon
 from tests.models import make_tiny
 
 STEPS = 128
-ROUNDS = 5
+ROUNDS = 4
 PROMPT = list(range(5, 21))
 
 
