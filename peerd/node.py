@@ -17,6 +17,7 @@ from blocks.engine.thread import DeviceThread
 from blocks.protocol.hops import Hops, HopSettings
 from blocks.service import SpanService
 from blocks.session_directory import SessionDirectory
+from overlay.connection import Connection
 from overlay.dht.node import Dht, DhtConfig
 from overlay.errors import Blame, PeerdError
 from overlay.host import Host, HostConfig
@@ -78,6 +79,7 @@ class Node:
         self._host = Host(self.identity, ports, HostConfig(agent=f"peerd/{VERSION}"))
         self._dht = Dht(self._host, ports, DhtConfig())
         self._swarm = Swarm(self._host, self._dht, ports.clock, ports.randomness)
+        self._host.add_connection_listener(lambda opened: None, self._hung_up)
         self._announcer = Announcer(self._host, self._dht, self._swarm, ports.clock)
         cache_dir = config.paths.state_dir / "cache"
         self._models = ModelHost(config, self._host, self._swarm, self._announcer, device, ports.clock, cache_dir)
@@ -183,6 +185,9 @@ class Node:
         self._save_peers()  # now, so that a daemon that is killed young finds its network again
         self._swarm.look_now()
         log.info("joined the network")
+
+    def _hung_up(self, connection: Connection) -> None:
+        self._swarm.hung_up(connection.remote_peer.multihash)
 
     async def _remember_peers(self) -> None:
         while True:

@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from overlay.errors import Blame, PeerdError
+from overlay.errors import Blame, InvalidAddress, PeerdError
+from overlay.multiaddr import Multiaddr
 
 KNOWN_PEERS_AT_MOST = 64
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
@@ -120,17 +121,24 @@ def next_incarnation(storage: FileStorage) -> int:
 
 
 def load_known_peers(storage: FileStorage) -> tuple[str, ...]:
-    """Full multiaddrs of peers from last time; a damaged file counts as none."""
+    """Multiaddrs of peers from last time; a damaged file counts as none, and what is no address is left out."""
     saved = storage.load("known-peers.json")
     if saved is None:
         return ()
     try:
         listed = json.loads(saved)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
     if not isinstance(listed, list):
         return ()
-    return tuple(text for text in listed if isinstance(text, str))[:KNOWN_PEERS_AT_MOST]
+    return tuple(text for text in listed[:KNOWN_PEERS_AT_MOST] if _is_dialable(text))
+
+
+def _is_dialable(text: object) -> bool:
+    try:
+        return isinstance(text, str) and Multiaddr.parse(text).is_tcp
+    except InvalidAddress:
+        return False
 
 
 def save_known_peers(storage: FileStorage, addresses: Sequence[str]) -> None:

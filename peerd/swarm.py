@@ -312,6 +312,11 @@ class Swarm:
             self._wake.set()
         self._busy_until = now + BUSY_FOR_S
 
+    def hung_up(self, peer: bytes) -> None:
+        """The connection to ``peer`` ended: if it serves something, see at once whether it still does."""
+        if self._catalog.doubt(peer):
+            self._wake.set()
+
     def look_now(self) -> None:
         """Refresh at once, in the background."""
         self._manifests_at = float("-inf")

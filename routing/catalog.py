@@ -118,6 +118,15 @@ class Catalog:
         kept = set(models)
         self._entries = {model: entries for model, entries in self._entries.items() if model in kept}
 
+    def doubt(self, peer: bytes) -> bool:
+        """``peer`` hung up: the next lookup that misses it is enough to forget it. Returns whether it serves anything."""
+        found = False
+        for entries in self._entries.values():
+            if (entry := entries.get(peer)) is not None:
+                entries[peer] = replace(entry, misses=MISSES_TO_FORGET - 1)
+                found = True
+        return found
+
     def put_own(self, record: SpanRecord) -> None:
         """Our own record: it counts at once, whatever lookups still bring of it."""
         self._own[record.model] = record

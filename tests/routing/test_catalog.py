@@ -84,6 +84,21 @@ def test_our_own_record_counts_at_once_and_goes_at_once() -> None:
     assert not catalog.view(MODEL, 8, 1.0).servers
 
 
+def test_a_server_that_hung_up_is_forgotten_by_the_first_lookup_that_misses_it() -> None:
+    catalog = Catalog()
+    both = [seen(server("stays", "0:4")), seen(server("leaves", "4:8"))]
+    catalog.replace(MODEL, both, 0.0)
+    assert not catalog.doubt(b"stranger")
+    assert catalog.doubt(b"leaves")
+    assert catalog.view(MODEL, 8, 1.0).replicas() == (1,) * 8, "only a lookup tells"
+    catalog.replace(MODEL, both, 1.0)
+    catalog.replace(MODEL, both[:1], 2.0)
+    assert catalog.view(MODEL, 8, 2.0).replicas() == (1,) * 8, "it was seen since: that counts from the start again"
+    assert catalog.doubt(b"leaves")
+    catalog.replace(MODEL, both[:1], 3.0)
+    assert catalog.view(MODEL, 8, 3.0).replicas() == (1,) * 4 + (0,) * 4
+
+
 def test_replicas_count_states_apart() -> None:
     seen = view(server("a", "0:4"), server("b", "2:8", state=State.JOINING))
     assert seen.replicas() == (1, 1, 1, 1, 0, 0, 0, 0)

@@ -1,0 +1,51 @@
+"""`peerd demo` where it doesn't end well: interrupted, it leaves nothing; and what it counts as complete, and as the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from peerd.demo import EXIT_INTERRUPTED, _until_end, replicas_online
+
+
+def test_ctrl_c_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    # One server is enough to interrupt, and costs a third.
+    script = "import sys, peerd.demo as demo; demo.SPANS = demo.SPANS[:1]; sys.exit(demo.main())"
+    demo = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
+    assert demo.stdout is not None
+    with demo.stdout:
+        for line in demo.stdout:
+            if b"waiting until every block" in line:
+                break
+        daemons = psutil.Process(demo.pid).children()
+        assert len(daemons) == 2
+        demo.send_signal(signal.SIGINT)
+        rest = demo.stdout.read().decode()
+        assert demo.wait(60) == EXIT_INTERRUPTED
+    assert rest.endswith("interrupted; the daemons are stopped\n")
+    assert "Traceback" not in rest
+    assert [daemon for daemon in daemons if daemon.is_running()] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_swarm_is_complete_when_the_middle_is_online_twice() -> None:
+    spans = [("0:4", "online"), ("4:8", "online"), ("4:8", "joining"), ("8:12", "online")]
+    servers = [{"span": span, "state": state} for span, state in spans]
+    models = [{"name": "other", "blocks": 2, "servers": []}, {"name": "demo", "blocks": 12, "servers": servers}]
+    assert replicas_online({"models": models}) == [1] * 12
+    servers[2]["state"] = "online"
+    assert replicas_online({"models": models}) == [1] * 4 + [2] * 4 + [1] * 4
+    assert replicas_online({}) == []
+
+
+def test_the_reference_ends_where_a_client_s_answer_does() -> None:
+    assert _until_end([5, 6, 2, 7], {2, 3}) == [5, 6, 2]
+    assert _until_end([5, 6, 7], {2, 3}) == [5, 6, 7]
