@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from peerd.model_exchange import ModelFetcher, ModelShelf
 from peerd.swarm import KnownModel, Swarm
 from peerd.version import VERSION
 from routing.catalog import ModelView
-from routing.placement import choose_span
+from routing.placement import choose_span, settle_claim
 from routing.records import SpanRecord, State
 from routing.types import ComputeClass, ModelId, Span
 
@@ -191,9 +191,10 @@ class ModelHost:
         self._swarm.expect_blocks(model, source.blocks)  # so that claims are seen before anybody's manifest is
         await self._swarm.refresh()
         compute_class, span, sizing = self._place(source, model)
+        before = frozenset(server.peer for server in self._swarm.view(model).servers)
         record = self._claim(source, model, span, compute_class)
         if self._config.serving.blocks == AUTO and len(span) < source.blocks and self._host.connections():
-            span = await self._settle_claim(source, model, compute_class, len(span))
+            span = await self._settle_claim(model, before, compute_class, len(span))
             record = self._claim(source, model, span, compute_class)
             await self._announcer.withdraw_stale()
         served = self._served[model]
@@ -265,18 +266,12 @@ class ModelHost:
         return record
 
     async def _settle_claim(
-        self, source: ModelSource, model: ModelId, compute_class: ComputeClass, blocks: int
+        self, model: ModelId, before: Collection[bytes], compute_class: ComputeClass, blocks: int
     ) -> Span:
-        """Choose again once others' claims of the same moment are known, so that newcomers don't herd to one gap.
-
-        Of two claims the one with the smaller peer id stands; the other looks again with it counted.
-        """
+        """Choose again once others' claims of the same moment are known; see `routing.placement.settle_claim`."""
         await asyncio.sleep(CLAIM_SETTLES_S)
         await self._swarm.refresh()
-        own = self._host.peer_id.multihash
-        view = self._swarm.view(model)
-        earlier = tuple(server for server in view.servers if server.state is not State.JOINING or server.peer < own)
-        return choose_span(replace(view, servers=earlier), blocks, compute_class, own)
+        return settle_claim(self._swarm.view(model), before, self._host.peer_id.multihash, blocks, compute_class)
 
     async def _load(self, served: Served, span: Span, compute_class: ComputeClass) -> None:
         source = served.source

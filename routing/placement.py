@@ -5,6 +5,9 @@ How many is sizing's answer. A server that is online stays where it is in this v
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from routing.catalog import ModelView
 from routing.costs import DEFAULT_STEP_S
 from routing.records import SpanRecord, State
@@ -37,3 +40,20 @@ def choose_span(view: ModelView, blocks: int, compute_class: ComputeClass | None
     starts = range(view.blocks - blocks + 1)
     best = min(starts, key=lambda start: (sorted(rates[start : start + blocks]), start))
     return Span(best, best + blocks)
+
+
+def settle_claim(
+    view: ModelView, before: Collection[bytes], own: bytes, blocks: int, compute_class: ComputeClass | None
+) -> Span:
+    """Where to go once the claims that others made at the moment of ours are known, so that newcomers don't herd to one gap.
+
+    Peers in ``before`` were seen ahead of our own claim: theirs stand. Claims of the same moment are settled in the order of
+    peer ids, each going where it helps most given those before it, as its owner, who sees the same, does too.
+    """
+    rivals = [s for s in view.servers if s.state is State.JOINING and s.peer not in before and s.peer != own]
+    standing = tuple(server for server in view.servers if server not in rivals and server.peer != own)
+    for rival in sorted(rivals, key=lambda server: server.peer):
+        if rival.peer < own:
+            span = choose_span(replace(view, servers=standing), len(rival.span), rival.compute_class)
+            standing += (replace(rival, span=span),)
+    return choose_span(replace(view, servers=standing), blocks, compute_class)

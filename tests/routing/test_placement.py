@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.catalog import ModelView
-from routing.placement import choose_span
+from routing.placement import choose_span, settle_claim
 from routing.records import SpanRecord, State
 from routing.types import Span
 from tests.routing.servers import FLOAT32, MODEL, server
@@ -54,3 +54,16 @@ def test_servers_that_join_one_by_one_leave_no_gap(sizes: list[int]) -> None:
 def test_equal_servers_end_up_evenly_spread() -> None:
     replicas = grow([4] * 9, 12).replicas(State.ONLINE, State.JOINING)
     assert set(replicas) == {3}
+
+
+def test_a_claim_seen_before_ours_stands_whatever_its_peer_id() -> None:
+    first, ours = server("z", "0:8", state=State.JOINING), server("a", "0:4", state=State.JOINING)
+    seen = ModelView(MODEL, 12, (ours, first))
+    assert settle_claim(seen, (first.peer,), ours.peer, 4, FLOAT32) == Span(8, 12)
+
+
+def test_claims_of_one_moment_spread_over_the_gaps() -> None:
+    """Each saw an empty model and claimed its start; each settles by itself, from the same view."""
+    claims = tuple(server(name, "0:4", state=State.JOINING) for name in "abc")
+    seen = ModelView(MODEL, 12, claims)
+    assert [settle_claim(seen, (), claim.peer, 4, FLOAT32) for claim in claims] == [Span(0, 4), Span(4, 8), Span(8, 12)]
