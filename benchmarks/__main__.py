@@ -37,12 +37,11 @@ def main() -> int:
     parser.add_argument("--only", choices=[*PARTS, *ON_REQUEST], help="one part alone")
     only = parser.parse_args().only
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f"load {os.getloadavg()[0]:.1f} at the start"
-    print(f"{cores} cores of {processor()}, Python {platform.python_version()}, torch {version('torch')}, {load}")
+    print(f"{cores} cores of {processor()}, Python {platform.python_version()}, torch {version('torch')}")
     started = time.perf_counter()
     for name, module in (PARTS | ON_REQUEST).items():
         if name == only or (only is None and name in PARTS):
-            print(f"\n== {name}", flush=True)
+            print(f"\n== {name} (load {os.getloadavg()[0]:.1f})", flush=True)
             importlib.import_module(module).main()
             sys.stdout.flush()
     print(f"\n{time.perf_counter() - started:.0f} s in all")

@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+import psutil
+
 from benchmarks import bare_ring
 from benchmarks.probes import LAYERS, Probes
 from blocks.engine.thread import DeviceThread
@@ -156,6 +158,11 @@ class HopProcess:
         found: dict[str, float] = json.loads(self.process.stdout.readline())
         return found
 
+    def cpu_s(self) -> float:
+        """Processor time so far, which a busy machine stretches less than it does the clock."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def stop(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
@@ -233,13 +240,21 @@ async def drive(pool: DecoderPool, plan: Plan, hops: Sequence[Hop], width: int, 
     return await watch.steps_ms()
 
 
-async def measure(
-    width: int, tokens: int, *, probed: bool, rounds: int = ROUNDS
-) -> tuple[list[list[float]], dict[str, float]]:
-    """Steps of rings of 1 to `HOPS_MAX` hops, interleaved; and the split of a middle hop's time, per window."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Milliseconds of each token by the number of hops; of a middle hop's window, the split and the processor's time."""
+
+    steps: list[list[float]]
+    split: dict[str, float]
+    cpu_ms: float
+
+
+async def measure(width: int, tokens: int, *, probed: bool, rounds: int = ROUNDS) -> Measured:
+    """Rings of 1 to `HOPS_MAX` hops, interleaved."""
     processes = start_hops(width, probed)
     steps: list[list[float]] = [[] for _ in processes]
     splits: list[dict[str, float]] = []
+    cpu_s = 0.0
     try:
         async with asyncio.timeout(SECONDS_MAX), node(width) as here:
             plan = Plan(Route((processes[0].hop,)))
@@ -248,6 +263,8 @@ async def measure(
             )
             async with pool:
                 for attempt in range(rounds + 1):
+                    if attempt == 1:
+                        cpu_s = processes[1].cpu_s()
                     for count in range(1, HOPS_MAX + 1):
                         hops = [process.hop for process in processes[:count]]
                         taken = await drive(pool, plan, hops, width, tokens)
@@ -256,10 +273,12 @@ async def measure(
                             steps[count - 1] += taken
                             if count > 1:
                                 splits.append(found)
+                cpu_s = processes[1].cpu_s() - cpu_s
     finally:
         for process in processes:
             process.stop()
-    return steps, {layer: statistics.median(found[layer] for found in splits) for layer in LAYERS}
+    split = {layer: statistics.median(found[layer] for found in splits) for layer in LAYERS}
+    return Measured(steps, split, 1000 * cpu_s / (rounds * (HOPS_MAX - 1) * tokens))
 
 
 def slope(values: Sequence[float]) -> float:
@@ -274,18 +293,20 @@ def percentile(values: Sequence[float], percent: int) -> float:
 def report(name: str, width: int, tokens: int, target_ms: float) -> float:
     """Print one boundary's table; returns the milliseconds that a hop adds."""
     floor = bare_ring.measure(width * 4, tokens, HOPS_MAX, ROUNDS)
-    steps, _ = asyncio.run(measure(width, tokens, probed=False))
-    probed, split = asyncio.run(measure(width, tokens, probed=True, rounds=3))
+    plain = asyncio.run(measure(width, tokens, probed=False))
+    probed = asyncio.run(measure(width, tokens, probed=True, rounds=3))
+    split = probed.split
     print(f"\nring of processes, identity blocks, {name} boundary: ms a token, p50 (p99)")
-    medians = [statistics.median(found) for found in steps]
+    medians = [statistics.median(found) for found in plain.steps]
     floors = [statistics.median(found) for found in floor]
-    for label, found in (("peerd", steps), ("bare asyncio", floor)):
+    for label, found in (("peerd", plain.steps), ("bare asyncio", floor)):
         cells = "   ".join(f"{statistics.median(each):6.2f} ({percentile(each, 99):6.2f})" for each in found)
         print(f"  {label:<14}{cells}      for 1 to {HOPS_MAX} hops")
     added, bare = slope(medians), slope(floors)
     verdict = "met" if added <= target_ms else "missed"
     print(f"  added per hop {added:6.3f} ms (target {target_ms} ms: {verdict}); bare asyncio floor {bare:6.3f} ms")
-    slowed = slope([statistics.median(found) for found in probed])
+    print(f"  processor time of a hop's window {plain.cpu_ms:.3f} ms, on all threads")
+    slowed = slope([statistics.median(found) for found in probed.steps])
     spent = "  ".join(f"{layer} {split[layer]:.3f}" for layer in LAYERS)
     rest = slowed - sum(split.values())
     other = "wake-ups and loopback" if rest >= 0 else "done while the next hop was at work already"

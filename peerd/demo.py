@@ -6,13 +6,16 @@ reference is local `transformers`, the killed server is whichever of the two rep
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,15 +71,15 @@ class Demo:
 
     def run(self, directory: Path) -> int:
         """Play all of it. Returns the exit code; daemons are stopped by the caller."""
-        with ThreadPoolExecutor(1, thread_name_prefix="reference") as pool:
-            self._start_swarm(directory)
-            prompts = [encoded(question) for question in QUESTIONS]
-            reference = pool.submit(reference_tokens, prompts, MAX_TOKENS)
+        self._start_swarm(directory)
+        prompts = [encoded(question) for question in QUESTIONS]
+        with reference_process(prompts, directory) as reference:
             client = Client(self._daemon(CLIENT).socket_path)
             self._wait_complete(client)
             answers = [self._ask(client, question, prompt) for question, prompt in zip(QUESTIONS, prompts, strict=True)]
-            verdict = self._check(answers, reference)
-            survived = self._kill_one(client, QUESTIONS[0], prompts[0], reference.result()[0])
+            expected = result_of(reference)
+            verdict = self._check(answers, expected)
+            survived = self._kill_one(client, QUESTIONS[0], prompts[0], expected[0])
         return EXIT_OK if verdict and survived else EXIT_DIFFERENT
 
     def _daemon(self, name: str) -> Daemon:
@@ -149,11 +152,11 @@ class Demo:
                 return daemon.name
         return peer[-6:]
 
-    def _check(self, answers: list[Answer], reference: Future[list[list[int]]]) -> bool:
+    def _check(self, answers: list[Answer], reference: list[list[int]]) -> bool:
         self.say()
         self.step("checking the swarm's greedy tokens against local transformers")
         good = True
-        for question, answer, expected in zip(QUESTIONS, answers, reference.result(), strict=True):
+        for question, answer, expected in zip(QUESTIONS, answers, reference, strict=True):
             same = answer.token_ids == expected
             good &= same
             verdict = f"{len(expected)} of {len(expected)} tokens equal" if same else "DIFFERENT"
@@ -234,6 +237,48 @@ def reference_tokens(prompts: list[tuple[int, ...]], max_tokens: int) -> list[li
     reference = Reference.load("demo")
     ends = set(TextCodec.from_directory(MODEL_DIRECTORY).end_token_ids)
     return [_until_end(reference.greedy(prompt, max_tokens), ends) for prompt in prompts]
+
+
+@contextlib.contextmanager
+def reference_process(prompts: list[tuple[int, ...]], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Work out the reference beside the swarm, in a process of its own, so that Ctrl-C needn't wait for it.
+
+    What libraries leave in the temporary directory goes into ``directory``.
+    """
+    script = "from peerd.demo import print_reference; print_reference()"
+    with uninterrupted():
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"TMPDIR": str(directory)},
+            start_new_session=True,
+        )
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(prompts).encode())
+        process.stdin.close()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def result_of(reference: subprocess.Popen[bytes]) -> list[list[int]]:
+    """What `reference_process` worked out. Raises DaemonFailed when it broke."""
+    assert reference.stdout is not None
+    printed = reference.stdout.read()
+    if reference.wait() != 0:
+        raise DaemonFailed("local transformers, which the swarm is compared with, failed; its error is above.")
+    tokens: list[list[int]] = json.loads(printed)
+    return tokens
+
+
+def print_reference() -> None:
+    """The other side of `reference_process`: prompts on standard input, their continuations on standard output."""
+    print(json.dumps(reference_tokens(json.load(sys.stdin), MAX_TOKENS)))
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

@@ -25,14 +25,14 @@ def test_ctrl_c_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
         for line in demo.stdout:
             if b"waiting until every block" in line:
                 break
-        daemons = psutil.Process(demo.pid).children()
-        assert len(daemons) == 2
+        started = psutil.Process(demo.pid).children()
+        assert len(started) == 3, "a server, the client and the reference"
         demo.send_signal(signal.SIGINT)
         rest = demo.stdout.read().decode()
         assert demo.wait(60) == EXIT_INTERRUPTED
     assert rest.endswith("interrupted; the daemons are stopped\n")
     assert "Traceback" not in rest
-    assert [daemon for daemon in daemons if daemon.is_running()] == []
+    assert [process for process in started if process.is_running()] == []
     assert list(tmp_path.iterdir()) == []
 
 
