@@ -108,14 +108,15 @@ def start_daemon(
     """Start ``peerd start ARGUMENTS`` with its own state directory below ``directory``; returns before it is ready.
 
     It listens on loopback only, on a port that the kernel picks, unless ``--listen`` is among the arguments; with ``listen`` None,
-    where daemons listen by themselves. Its standard error is appended to `Daemon.log_path`.
+    where daemons listen by themselves. Its standard error is appended to `Daemon.log_path`, and what libraries leave in the
+    temporary directory goes into its state directory.
     """
     state_dir = directory / name
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     where = () if listen is None or "--listen" in arguments else ("--listen", listen)
     command = [sys.executable, "-m", "peerd", "start", "--state-dir", str(state_dir), *where, *arguments]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PEERD_")}
-    environment = kept | {"OMP_NUM_THREADS": str(torch_threads), "PYTHONUNBUFFERED": "1"}
+    environment = kept | {"OMP_NUM_THREADS": str(torch_threads), "PYTHONUNBUFFERED": "1", "TMPDIR": str(state_dir)}
     with (state_dir / "log").open("ab") as log:
         process = subprocess.Popen(
             command,
