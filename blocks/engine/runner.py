@@ -6,7 +6,7 @@ Owned by whichever thread is the device's. Knows jobs and models; nothing of ses
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from blocks.model.head import Head
 from blocks.model.kv_cache import SpanCache
 from blocks.model.sampling import sample
 from blocks.model.span import Span
-from blocks.protocol.device import EmbedJob, Job, JobResult, LeaseKey, SampleJob, SpanJob
+from blocks.protocol.device import EmbedJob, Job, JobResult, LeaseKey, ReleaseJob, SampleJob, SpanJob
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
 from routing.types import Span as Blocks
@@ -93,7 +93,7 @@ class Runner:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             self._release_of(job)
             result = JobResult(job, error=ComputeFailed(f"A computation failed here: {error}"))
-        return JobResult(job, result.hidden, result.token, result.logits, result.error, time.perf_counter() - started)
+        return replace(result, seconds=time.perf_counter() - started)
 
     def _run(self, job: Job) -> JobResult:
         if isinstance(job, SpanJob):
@@ -103,8 +103,10 @@ class Runner:
         if isinstance(job, EmbedJob):
             head = self._head(job.model)
             return JobResult(job, hidden=part_of(head.embed(job.tokens, job.position)[0]))
-        self._release(job.lease)
-        return JobResult(job)
+        if isinstance(job, ReleaseJob):
+            self._release(job.lease)
+            return JobResult(job)
+        raise ComputeFailed(f"This device doesn't do {type(job).__name__}s.")
 
     def _run_span(self, job: SpanJob) -> JobResult:
         span = self._span(job.model, job.span)

@@ -35,6 +35,23 @@ class LeaseKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Whole sequences of hidden states at a boundary, and what blocks have to know about them.
+
+    Attributes:
+        hidden: (rows, tokens, d_model) in the compute dtype.
+        mask: (rows, tokens) uint8, 1 where there is a token; None: everywhere.
+        positions: (rows, tokens) int32; None: as the model numbers them itself.
+        prompts: (blocks, length, d_model), added to ``hidden[:, :length]`` before each block; None: nothing is.
+    """
+
+    hidden: Part
+    mask: Part | None = None
+    positions: Part | None = None
+    prompts: Part | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SpanJob:
     """Run one window through ``span`` of ``model``; KV of ``lease`` is first truncated to ``position``.
 
@@ -90,7 +107,73 @@ class SampleJob:
     priority: JobPriority = JobPriority.DECODE
 
 
-Job = SpanJob | ReleaseJob | EmbedJob | SampleJob
+@dataclass(frozen=True, slots=True)
+class ForwardJob:
+    """Run whole sequences through ``span`` of ``model``, without KV.
+
+    ``batch.hidden`` has shape (rows, tokens, d_model) in the compute dtype; the result has the same shape.
+    """
+
+    model: str
+    span: Span
+    batch: Batch
+    priority: JobPriority = JobPriority.BACKGROUND
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardJob:
+    """Recompute `ForwardJob` and take ``grad``, the gradient of its output, back through it.
+
+    The result's ``hidden`` is the gradient of ``batch.hidden``, its ``prompts`` that of ``batch.prompts``, summed over rows in order.
+    """
+
+    model: str
+    span: Span
+    batch: Batch
+    grad: Part
+    priority: JobPriority = JobPriority.BACKGROUND
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedBatchJob:
+    """Token ids (rows, tokens) int32, behind ``prefix`` (length, d_embedding) if any, to hidden (rows, length + tokens, d_model)."""
+
+    model: str
+    tokens: Part
+    prefix: Part | None = None
+    priority: JobPriority = JobPriority.BACKGROUND
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedBackwardJob:
+    """The gradient of `EmbedBatchJob`'s output back to its prefix, summed over rows in order: the result's ``prompts``, float32."""
+
+    model: str
+    tokens: Part
+    prefix: Part
+    grad: Part
+    priority: JobPriority = JobPriority.BACKGROUND
+
+
+@dataclass(frozen=True, slots=True)
+class LossJob:
+    """Cross-entropy of what follows: ``hidden`` (rows, tokens, d_model) of the last block against ``labels`` (rows, tokens) int32.
+
+    Row i's output at position j is compared with its label at j + 1, as `transformers` does; labels below 0 don't count. The result's
+    ``loss`` is the *sum* over the positions that count, in float32, its ``count`` their number; with ``scale`` its ``hidden`` is the
+    gradient of ``scale`` x that sum.
+    """
+
+    model: str
+    hidden: Part
+    labels: Part
+    scale: float | None = None
+    priority: JobPriority = JobPriority.BACKGROUND
+
+
+Job = (
+    SpanJob | ReleaseJob | EmbedJob | SampleJob | ForwardJob | BackwardJob | EmbedBatchJob | EmbedBackwardJob | LossJob
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +186,9 @@ class JobResult:
     logits: Part | None = None
     error: PeerdError | None = None
     seconds: float = 0.0
+    prompts: Part | None = None
+    loss: float | None = None
+    count: int | None = None
 
 
 class Device(Protocol):
