@@ -13,12 +13,11 @@ import sys
 import time
 
 import msgpack
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from nacl.bindings import crypto_sign, crypto_sign_open, crypto_sign_seed_keypair
 
 AEAD = ChaCha20Poly1305(bytes(32))
-SIGNER = Ed25519PrivateKey.from_private_bytes(bytes(32))
-CHECKER = SIGNER.public_key()
+PUBLIC_KEY, SECRET_KEY = crypto_sign_seed_keypair(bytes(32))
 NONCE = bytes(12)
 RING_BYTES = 1 << 18
 LENGTH_BYTES = 4
@@ -29,7 +28,9 @@ HEADER = {"k": "window", "f": bytes(38), "t": bytes(38), "s": bytes(16), "n": 1,
 def pack(body: bytes) -> bytes:
     """Header, signature, body; sealed behind a length."""
     header: bytes = msgpack.packb(HEADER)
-    signature = SIGNER.sign(hashlib.sha256(header).digest() + hashlib.sha256(body).digest())
+    signature = crypto_sign(hashlib.sha256(header).digest() + hashlib.sha256(body).digest(), SECRET_KEY)[
+        :SIGNATURE_BYTES
+    ]
     sealed = AEAD.encrypt(NONCE, len(header).to_bytes(LENGTH_BYTES, "big") + header + signature + body, None)
     return len(sealed).to_bytes(LENGTH_BYTES, "big") + sealed
 
@@ -42,7 +43,7 @@ def unpack(sealed: bytes | memoryview) -> bytes:
     msgpack.unpackb(header)
     body = plain[start + SIGNATURE_BYTES :]
     signed = hashlib.sha256(header).digest() + hashlib.sha256(body).digest()
-    CHECKER.verify(plain[start : start + SIGNATURE_BYTES], signed)
+    crypto_sign_open(plain[start : start + SIGNATURE_BYTES] + signed, PUBLIC_KEY)
     return body
 
 
