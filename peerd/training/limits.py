@@ -1,0 +1,41 @@
+"""Every bound of training jobs, by name; all ours to choose."""
+
+from __future__ import annotations
+
+DATASET_BYTES_MAX = 64 << 20
+LINE_BYTES_MAX = 1 << 20
+EXAMPLES_MAX = 500_000
+MESSAGES_MAX = 256
+"""Of one conversation."""
+BAD_LINES_TOLD = 5
+SKIPPED_REMEMBERED = 100
+QUOTED_CHARS = 60
+"""Of a value that a sentence quotes."""
+
+NAME_CHARS_MAX = 64
+PROMPT_LENGTH_MAX = 1024
+BATCH_MAX = 1024
+EPOCHS_MAX = 10_000
+STEPS_MAX = 1_000_000
+MICRO_BATCH_TOKENS_MAX = 16_384
+"""As much as one tensor call takes."""
+CHECKPOINT_EVERY_MAX = 10_000
+
+JOBS_MAX = 256
+"""Jobs of any state that are remembered."""
+QUEUED_MAX = 16
+WATCHERS_MAX = 64
+EVENTS_QUEUED_MAX = 256
+"""Per watcher; one that reads too slowly misses the oldest."""
+SETTINGS_BYTES_MAX = 64 << 10
+
+MICRO_BATCHES_AHEAD = 4
+"""Of one step, under way at once: the forward of one overlaps the backward of another."""
+BLOCKS_WAIT_S = 5.0
+"""How long one step waits for its blocks before the job says that it waits."""
+RETRY_S = 1.0
+BUSY_TRIES_MAX = 120
+SPEED_STEPS = 10
+"""Steps over which tokens/s and what is left are averaged."""
+FAILED_STEPS_MAX = 50
+"""Steps in a row whose gradients were not finite before the job ends with a sentence."""
