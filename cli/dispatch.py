@@ -1,6 +1,7 @@
 """From a command line to the one file of its subcommand, and from whatever happens there to an exit code.
 
-Owns the imports being lazy (`--help` answers at once), Ctrl-C, broken pipes, and that an error is one sentence on standard error.
+Owns the imports being lazy (`--help` answers at once), Ctrl-C, standard streams that are closed, full or left by their reader, and that
+an error is one sentence on standard error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class CommandModule(Protocol):
 
 def dispatch(prog: str, description: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
     """Run the subcommand that ``arguments`` begin with; returns the exit code."""
+    _open_missing_streams()
     width = max(len(name) for name in commands)
     listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
     parser = argparse.ArgumentParser(
@@ -63,7 +65,27 @@ def _guarded(command: Command, prog: str, arguments: Sequence[str]) -> int:
         print(file=sys.stderr)
         return exit_codes.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read us has enough; standard output is pointed elsewhere so that the interpreter's own flush can't fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_output()  # whoever read us has enough
         return exit_codes.BROKEN_PIPE
+    except OSError as error:
+        # The socket's and the daemon's errors are ClientErrors: what is left is where the output goes.
+        _silence_output()
+        print(f"{prog}: Can't write the output ({error.strerror}); send it to another place.", file=sys.stderr)
+        return exit_codes.OUTPUT_FAILED
     return code
+
+
+def _silence_output() -> None:
+    """Point standard output elsewhere, so that the interpreter's own flush at the end can't fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started with closed standard streams empty ones: no file or socket may become number 0, 1 or 2."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - the process's own

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from overlay.errors import PeerdError
 from peerd.config import Config, load, state_directory
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Each ends the daemon in good order: Ctrl-C, `kill`, and a terminal that is closed."""
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -61,7 +63,9 @@ async def _run(config, ports, storage) -> None:  # type: ignore[no-untyped-def]
 
     node = Node(config, ports, storage, DeviceThread(config.serving.torch_threads))
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # nohup's daemon outlives its terminal
         loop.add_signal_handler(number, node.request_stop)
     await node.run(_say_ready)
 
@@ -75,14 +79,13 @@ def _id(rest: Sequence[str]) -> int:
     import argparse
 
     from overlay.identity import Identity
-    from peerd.store import FileStorage
+    from peerd.store import state_files
     from peerd.system_ports import SystemRandomness
 
     parser = argparse.ArgumentParser(prog="peerd id", description="Print this machine's peer id.")
     parser.add_argument("--state-dir", metavar="DIR", help="where the identity is kept")
-    directory = state_directory(parser.parse_args(rest).state_dir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    print(Identity.load_or_create(FileStorage(directory), SystemRandomness()).peer_id)
+    storage = state_files(state_directory(parser.parse_args(rest).state_dir))
+    print(Identity.load_or_create(storage, SystemRandomness()).peer_id)
     return 0
 
 

@@ -33,7 +33,15 @@ from peerd.local_api.node_view import HopView, ServedModel, ServerView, SessionV
 from peerd.local_api.server import serving
 from peerd.metrics import Metrics
 from peerd.models import Drivable, ModelHost
-from peerd.store import FileStorage, load_known_peers, load_port, next_incarnation, save_known_peers, save_port
+from peerd.store import (
+    FileStorage,
+    StateError,
+    load_known_peers,
+    load_port,
+    next_incarnation,
+    save_known_peers,
+    save_port,
+)
 from peerd.swarm import KnownModel, Swarm, UnknownModel
 from peerd.version import VERSION
 
@@ -200,8 +208,12 @@ class Node:
             for peer, addresses in self._dht.known_peers()
             for address in addresses[:2]
         ]
-        if known:
+        if not known:
+            return
+        try:
             save_known_peers(self._storage, known)
+        except StateError as error:  # a disk that is full for a while must not end a daemon that serves
+            log.warning("The known peers could not be saved: %s", error)
 
     async def _leave(self) -> None:
         """Drain: no new sessions, records withdrawn, drivers told; a second request to stop skips the waiting."""

@@ -48,9 +48,15 @@ class FileStorage:
         return self._directory
 
     def load(self, name: str) -> bytes | None:
-        """The bytes saved under ``name``, or None. Raises StateError when the file exists and can't be read."""
+        """The bytes saved under ``name``, or None. Raises StateError when the file exists and can't be read.
+
+        A file that others may read (copied back from a backup, say) is closed to them again.
+        """
         try:
-            return self._path(name).read_bytes()
+            with self._path(name).open("rb") as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    os.fchmod(file.fileno(), 0o600)
+                return file.read()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -83,6 +89,28 @@ class FileStorage:
         return self._directory / name
 
 
+def state_files(directory: Path) -> FileStorage:
+    """The files of the state directory, which is created (0700) if it isn't there; takes no lock.
+
+    Raises:
+        StateError: it can't be created, or belongs to somebody else.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = directory.stat().st_uid
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    if owner != os.getuid():
+        raise StateError(f"{directory} belongs to another user; give a --state-dir of your own.")
+    return FileStorage(directory)
+
+
+def _unusable(directory: Path, error: OSError) -> StateError:
+    return StateError(
+        f"Can't use {directory} as the state directory ({error.strerror}); give another with --state-dir."
+    )
+
+
 @contextlib.contextmanager
 def opened_state(directory: Path) -> Iterator[FileStorage]:
     """Create (0700) and lock the state directory for one daemon.
@@ -91,15 +119,11 @@ def opened_state(directory: Path) -> Iterator[FileStorage]:
         StateInUse: another live daemon has it. The lock dies with its process, so nothing stale can stay behind.
         StateError: it can't be created, or belongs to somebody else.
     """
+    storage = state_files(directory)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.stat().st_uid != os.getuid():
-            raise StateError(f"{directory} belongs to another user; give a --state-dir of your own.")
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise StateError(
-            f"Can't use {directory} as the state directory ({error.strerror}); give another with --state-dir."
-        ) from error
+        raise _unusable(directory, error) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +131,7 @@ def opened_state(directory: Path) -> Iterator[FileStorage]:
             raise StateInUse(
                 f"Another peerd already uses {directory}; stop it with `peerd stop`, or give another --state-dir."
             ) from error
-        yield FileStorage(directory)
+        yield storage
     finally:
         os.close(lock)
 

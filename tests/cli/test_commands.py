@@ -136,6 +136,30 @@ def test_a_reader_that_leaves_is_clean(path: Path, node: ScriptedNode) -> None:
     assert (process.returncode, errors) == (141, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["generate", "Hello"], ["generate", "Hello", "--json"], ["status"], ["swarm"]])
+def test_output_that_can_t_be_written_is_a_sentence_and_a_code(path: Path, arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            command("peerctl", *arguments),
+            stdout=full, stderr=subprocess.PIPE, check=False, text=True, env=environment(path), timeout=60,
+        )  # fmt: skip
+    assert process.returncode == 8
+    assert process.stderr.splitlines() == [
+        f"peerctl {arguments[0]}: Can't write the output (No space left on device); send it to another place."
+    ]
+
+
+@pytest.mark.parametrize(("closed", "code"), [("<&-", 2), (">&-", 0), ("2>&-", 2), ("<&- >&- 2>&-", 2)])
+def test_closed_standard_streams_are_empty_ones(path: Path, closed: str, code: int) -> None:
+    # With standard output closed there is a prompt; else an empty standard input, which is refused.
+    prompt = "Hello" if code == 0 else ""
+    line = " ".join(command("peerctl", "generate", prompt)) + f" {closed}"
+    done = run(["sh", "-c", line], path)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_terminal_doesn_t_obey_the_model(path: Path, node: ScriptedNode) -> None:
     node.script = says("a\x1b[2Jb")
     ours, theirs = pty.openpty()

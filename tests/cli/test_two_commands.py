@@ -113,6 +113,28 @@ def test_a_wrong_model_directory_is_a_sentence_and_a_code(tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+def test_an_identity_that_can_t_be_kept_is_a_sentence_and_a_code(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for state_dir in ("file", "file/below"):
+        done = run(tmp_path, "peerd", "id", "--state-dir", f"{tmp_path}/{state_dir}")
+        assert (done.returncode, done.stdout) == (12, "")
+        assert "give another with --state-dir" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_is_closed_ends_the_daemon_in_good_order(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        ["peerd", "start", "--serve-blocks", "none", "--state-dir", str(tmp_path / "s")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(tmp_path),
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert "ready" in process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=START_TIMEOUT_S)
+    assert (process.returncode, errors) == (0, "")
+    assert not (tmp_path / "s" / "run" / "peerd.sock").exists()
+
+
 def test_stop_ends_the_daemon_in_good_order(home: Path, daemon: subprocess.Popen[str]) -> None:
     done = run(home, "peerd", "stop")
     assert (done.returncode, done.stdout) == (0, f"stopped (pid {daemon.pid})\n")

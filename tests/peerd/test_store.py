@@ -18,6 +18,7 @@ from peerd.store import (
     opened_state,
     save_known_peers,
     save_port,
+    state_files,
 )
 
 
@@ -49,6 +50,13 @@ def test_a_file_that_can_t_be_read_or_written_is_told(storage: FileStorage, tmp_
         storage.save("port", b"1")
 
 
+def test_a_file_that_others_may_read_is_closed_to_them(storage: FileStorage, tmp_path: Path) -> None:
+    storage.save("identity", b"one")
+    (tmp_path / "identity").chmod(0o644)
+    assert storage.load("identity") == b"one"
+    assert stat.S_IMODE((tmp_path / "identity").stat().st_mode) == 0o600
+
+
 def test_a_directory_is_one_daemon_s_and_free_when_it_ends(tmp_path: Path) -> None:
     directory = tmp_path / "deep" / "state"
     with opened_state(directory):
@@ -63,6 +71,12 @@ def test_a_state_directory_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(StateError, match="--state-dir"), opened_state(tmp_path / "state"):
         pass
+
+
+def test_a_state_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(StateError, match="belongs to another user"):
+        state_files(tmp_path)
 
 
 def test_incarnations_rise_and_are_on_disk_before_they_are_used(storage: FileStorage) -> None:
