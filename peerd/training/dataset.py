@@ -81,7 +81,7 @@ def read_dataset(data: bytes, codec: Codec, *, max_tokens: int, now: datetime, s
     """
     if len(data) > limits.DATASET_BYTES_MAX:
         raise BadDataset(f"The dataset is over {limits.DATASET_BYTES_MAX >> 20} MiB; train on a part of it.")
-    lines = data.split(b"\n")
+    lines = data.split(b"\n") if data.strip() else []
     if lines and not lines[-1].strip():
         lines.pop()  # the end of the last line, not a line
     if len(lines) > limits.EXAMPLES_MAX:
