@@ -144,7 +144,7 @@ def test_output_that_can_t_be_written_is_a_sentence_and_a_code(path: Path, argum
             command("peerctl", *arguments),
             stdout=full, stderr=subprocess.PIPE, check=False, text=True, env=environment(path), timeout=60,
         )  # fmt: skip
-    assert process.returncode == 8
+    assert process.returncode == 9
     assert process.stderr.splitlines() == [
         f"peerctl {arguments[0]}: Can't write the output (No space left on device); send it to another place."
     ]
