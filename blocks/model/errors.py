@@ -35,6 +35,16 @@ class UnsupportedModel(PeerdError):
     blame = Blame.USER
 
 
+class DeviceMissing(PeerdError):
+    """The device that was asked for isn't there, or the installed torch can't use it."""
+
+    code = "no-device"
+    exit_code = 15
+    http_status = 503
+    retryable = False
+    blame = Blame.USER
+
+
 class HubRefused(PeerdError):
     """The hub wants a token, or the token's owner has not been granted this model."""
 

@@ -106,6 +106,13 @@ def test_a_port_in_use_is_a_sentence_and_a_code(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_device_that_is_not_there_is_a_sentence_and_a_code(tmp_path: Path) -> None:
+    done = run(tmp_path, "peerd", "start", "--device", "cuda:99")
+    assert done.returncode == 15
+    assert "--device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_a_wrong_model_directory_is_a_sentence_and_a_code(tmp_path: Path) -> None:
     done = run(tmp_path, "peerd", "start", "--model", f"{tmp_path}/nothing", "--serve-blocks", "auto")
     assert done.returncode == 40
