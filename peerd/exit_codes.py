@@ -23,6 +23,7 @@ BY_ERROR_CODE = {
     "state-directory": 12,
     "state-in-use": 13,
     "too-little-memory": 14,
+    "no-device": 15,
     "wrong-class": 16,
     "socket-in-use": 17,
     "socket-path": 18,

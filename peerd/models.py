@@ -47,6 +47,7 @@ FIND_NETWORK_S = 2.0
 PROGRESS_S = 3.0
 """How often a load that takes long says how far it is."""
 MEASURED_STEPS = 4
+CUDA_SIGNS = ("/dev/nvidiactl", "/dev/dxg")  # the second is WSL2's
 KV_BYTES_MIN = 64 << 20
 LOW_MEMORY_SHARE = 0.5
 """float32 fits when the whole span takes less than this of the allowed memory."""
@@ -134,6 +135,12 @@ class ModelHost:
     async def _slowly(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
 
+    async def _usable_device(self) -> str:
+        """The device; torch is asked whether it is there, unless it's the CPU. Raises DeviceMissing."""
+        if self._device_name != "cpu":
+            self._device_name = await self._slowly(_usable, self._config.serving.device)
+        return self._device_name
+
     async def _told(self, served: Served, work: Coroutine[Any, Any, Result]) -> Result:
         """Await slow work on a model, and say every few seconds how far it is."""
         telling = asyncio.get_running_loop().create_task(self._tell_progress(served), name="loading progress")
@@ -152,6 +159,7 @@ class ModelHost:
     async def serve_configured(self, *, new_network: bool) -> None:
         """Serve what the configuration says. Raises the PeerdError that makes it impossible."""
         config = self._config
+        await self._usable_device()
         if config.serving.blocks == NONE:
             for spec in config.serving.models:
                 await self._find_source(spec)
@@ -375,7 +383,7 @@ class ModelHost:
         manifest = known.manifest
         source = await self._local_source(manifest)
         key = model_key(manifest.model, compute_class)
-        device = self._device_name
+        device = await self._usable_device()
 
         if source is not None:
             local = source
@@ -434,10 +442,16 @@ def hidden_width(source: ModelSource) -> int:
 
 
 def device_name(wanted: str) -> str:
-    """``auto`` is the first CUDA device where a driver is, else the CPU; torch isn't asked, since it loads later."""
+    """``auto`` is the first CUDA device where a driver seems to be, else the CPU; torch isn't asked yet, since it loads later."""
     if wanted != "auto":
         return wanted
-    return "cuda:0" if Path("/dev/nvidiactl").exists() else "cpu"
+    return "cuda:0" if any(Path(device).exists() for device in CUDA_SIGNS) else "cpu"
+
+
+def _usable(wanted: str) -> str:
+    from blocks.model.devices import usable_device
+
+    return usable_device(wanted)
 
 
 def _spec_of(manifest: Manifest) -> str:
