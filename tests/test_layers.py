@@ -16,6 +16,7 @@ OURS = ("cli", "peerd", "blocks", "routing", "overlay", "netsim")
 ALLOWED = {
     "cli": {"cli", "peerd.client", "peerd.config", "peerd.version", "peerd.exit_codes"},
     "peerd.client": {"peerd.client", "peerd.version", "peerd.exit_codes"},
+    "peerd.client.torch": {"peerd.client", "blocks.model"},
     "peerd": {"peerd", "blocks", "routing", "overlay"},
     "blocks": {"blocks", "routing.types", "overlay"},
     "blocks.protocol": {
@@ -109,10 +110,12 @@ def test_nothing_unpickles_or_trusts_remote_code() -> None:
 def test_importing_it_leaves_torch_unloaded(name: str) -> None:
     script = (
         "import importlib, pkgutil, sys\n"
-        f"module = importlib.import_module({name!r})\n"
-        "for found in pkgutil.walk_packages(getattr(module, '__path__', []), module.__name__ + '.'):\n"
-        "    if found.name != 'peerd.client.torch' and not found.name.endswith('__main__'):\n"
-        "        importlib.import_module(found.name)\n"
+        "def load(name):\n"
+        "    module = importlib.import_module(name)\n"
+        "    for found in pkgutil.iter_modules(getattr(module, '__path__', []), name + '.'):\n"
+        "        if found.name != 'peerd.client.torch' and not found.name.endswith('__main__'):\n"
+        "            load(found.name)\n"
+        f"load({name!r})\n"
         "heavy = [m for m in ('torch', 'transformers', 'bitsandbytes') if m in sys.modules]\n"
         "sys.exit(f'{heavy} loaded' if heavy else 0)\n"
     )

@@ -13,12 +13,15 @@ from typing import Any
 from peerd.client.errors import ApiError, BadAnswer, DaemonLost
 from peerd.client.http import Response, request
 from peerd.client.sse import COMMENT, EventParser
+from peerd.client.tensor_body import BadTensorBody, Tensor, decode, encode
 
 CALL_TIMEOUT_S = 30.0
 SILENCE_TIMEOUT_S = 60.0
 """The daemon sends at least a comment every ten seconds of a stream."""
 ANSWER_TIMEOUT_S = 3600.0
 """A completion that isn't streamed says nothing until it is complete."""
+TENSORS_TYPE = "application/octet-stream"
+TENSORS_BYTES_MAX = 512 << 20
 
 Json = dict[str, Any]
 
@@ -66,6 +69,35 @@ class Client:
         with self._checked(method, path, body, timeout_s or self._timeout_s) as response:
             return _json_object(response.body())
 
+    def tensors(
+        self, path: str, tensors: Mapping[str, Tensor], settings: Mapping[str, str], bytes_max: int = TENSORS_BYTES_MAX
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and settings to the daemon, and its own back (docs/training.md, section 5).
+
+        Raises:
+            ApiError: the daemon refused it. Other ClientErrors: it could not be reached or understood.
+        """
+        pieces = encode(tensors, settings)
+        response = request(self.socket_path, "POST", path, pieces, ANSWER_TIMEOUT_S, TENSORS_TYPE)
+        with _success(response):
+            try:
+                return decode(response.body(bytes_max))
+            except BadTensorBody as error:
+                raise BadAnswer(f"The daemon's tensors can't be read: {error}.") from error
+
+    def send(self, method: str, path: str, body: bytes, content_type: str, timeout_s: float | None = None) -> Json:
+        """One request with a body of any type and a JSON object as its answer. Raises as `call`."""
+        response = request(self.socket_path, method, path, body, timeout_s or self._timeout_s, content_type)
+        with _success(response):
+            return _json_object(response.body())
+
+    def events(self, path: str) -> Iterator[Json]:
+        """The data of server-sent events, as JSON objects, to the end of the answer."""
+        parser = EventParser()
+        with self._checked("GET", path, None, SILENCE_TIMEOUT_S) as response:
+            for piece in response.pieces():
+                yield from (_json_object(text) for kind, text in parser.feed(piece) if kind != COMMENT)
+
     def stream(
         self, path: str, body: Mapping[str, Any], on_comment: Callable[[str], None] | None = None
     ) -> Iterator[Json]:
@@ -96,14 +128,17 @@ class Client:
     def _checked(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Response:
         """An answer whose status is a success; of another one the error is read and raised."""
         data = None if body is None else json.dumps(body).encode()
-        response = request(self.socket_path, method, path, data, timeout_s)
-        if 200 <= response.status < 300:
-            return response
-        with response:
-            raise _api_error(_json_object(response.body()), response.status)
+        return _success(request(self.socket_path, method, path, data, timeout_s))
 
 
-def _json_object(text: str | bytes) -> Json:
+def _success(response: Response) -> Response:
+    if 200 <= response.status < 300:
+        return response
+    with response:
+        raise _api_error(_json_object(response.body()), response.status)
+
+
+def _json_object(text: str | bytes | bytearray) -> Json:
     try:
         value = json.loads(text)
     except ValueError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from peerd.client.errors import BadAnswer, DaemonLost, DaemonNotRunning, SocketRefused
@@ -76,14 +76,14 @@ class Response:
             left -= len(piece)
             yield piece
 
-    def body(self) -> bytes:
-        """The whole body. Raises BadAnswer over `BODY_BYTES_MAX`."""
+    def body(self, bytes_max: int = BODY_BYTES_MAX) -> bytearray:
+        """The whole body. Raises BadAnswer over ``bytes_max``."""
         collected = bytearray()
         for piece in self.pieces():
             collected += piece
-            if len(collected) > BODY_BYTES_MAX:
+            if len(collected) > bytes_max:
                 raise BadAnswer("The daemon's answer is too large.")
-        return bytes(collected)
+        return collected
 
     def _chunks(self) -> Iterator[bytes]:
         while True:
@@ -140,15 +140,27 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     return connection
 
 
-def request(path: str, method: str, target: str, body: bytes | None, timeout_s: float) -> Response:
-    """Send one request and read the head of its answer; ``timeout_s`` bounds every silence after that, too."""
+def request(
+    path: str,
+    method: str,
+    target: str,
+    body: bytes | Sequence[bytes | bytearray | memoryview] | None,
+    timeout_s: float,
+    content_type: str = "application/json",
+) -> Response:
+    """Send one request and read the head of its answer; ``timeout_s`` bounds every silence after that, too.
+
+    A body may come in pieces, which are sent from where they lie.
+    """
     connection = connect(path, timeout_s)
     response = Response(connection)
     head = f"{method} {target} HTTP/1.1\r\nHost: peerd\r\nUser-Agent: peerctl/{VERSION}\r\nConnection: close\r\n"
+    pieces = [body] if isinstance(body, bytes) else body or []
     if body is not None:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        head += f"Content-Type: {content_type}\r\nContent-Length: {sum(map(len, pieces))}\r\n"
+    first, *rest = pieces or [b""]
     try:
-        _send(connection, head.encode("latin-1") + b"\r\n" + (body or b""))
+        _send(connection, [head.encode("latin-1") + b"\r\n" + first, *rest])
         response.read_head()
     except BaseException:
         response.close()
@@ -156,12 +168,13 @@ def request(path: str, method: str, target: str, body: bytes | None, timeout_s: 
     return response
 
 
-def _send(connection: socket.socket, data: bytes) -> None:
+def _send(connection: socket.socket, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
     try:
-        connection.sendall(data)
+        for piece in pieces:
+            connection.sendall(piece)
     except TimeoutError as error:
         raise _silent() from error
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         # The daemon may refuse a body that is too large before it has read it all: its answer says so.
         return
     except OSError as error:
