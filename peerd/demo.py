@@ -36,6 +36,8 @@ QUESTIONS = (
 MAX_TOKENS = 120
 KILL_AFTER_TOKENS = 12
 COMPLETE_TIMEOUT_S = 60.0
+PROGRESS_S = 4.0
+"""How often the wait for the swarm says how far the servers are."""
 
 EXIT_OK = 0
 EXIT_DIFFERENT = 20
@@ -86,7 +88,7 @@ class Demo:
         return next(daemon for daemon in self.daemons if daemon.name == name)
 
     def _start_swarm(self, directory: Path) -> None:
-        self.step("starting four daemons that each serve a third of the demo model, and one that serves nothing")
+        self.step("starting four servers, each of a third of the demo model, and a client")
         join: tuple[str, ...] = ()
         for name, span in SPANS:
             self._start(name, directory, "--model", "demo", "--serve-blocks", span, *join)
@@ -106,16 +108,24 @@ class Demo:
 
     def _wait_complete(self, client: Client) -> None:
         self.step("waiting until every block is online, the middle third twice")
-        deadline = time.monotonic() + COMPLETE_TIMEOUT_S
-        while time.monotonic() < deadline:
+        started = told = time.monotonic()
+        while time.monotonic() - started < COMPLETE_TIMEOUT_S:
             if replicas_online(client.swarm()) == [1] * 4 + [2] * 4 + [1] * 4:
                 self.step("the swarm is complete")
                 return
+            if time.monotonic() - told >= PROGRESS_S:
+                told = time.monotonic()
+                self.say("          " + "   ".join(self._progress(name) for name, _ in SPANS))
             for daemon in self.daemons:
                 if daemon.process.poll() is not None:
                     raise DaemonFailed(f"{daemon.name} ended early.\n{daemon.log_tail()}")
             time.sleep(0.1)
         raise DaemonFailed("The swarm did not become complete in time.\n" + self.daemons[0].log_tail())
+
+    def _progress(self, name: str) -> str:
+        models = Client(self._daemon(name).socket_path).status()["models"]
+        loaded = models[0]["progress"] if models else 0.0
+        return f"{name} {100 * loaded:.0f} % loaded" if loaded else f"{name} starting"
 
     def _ask(
         self, client: Client, question: str, prompt: tuple[int, ...], on_token: Callable[[int], None] | None = None
@@ -167,7 +177,7 @@ class Demo:
 
     def _kill_one(self, client: Client, question: str, prompt: tuple[int, ...], expected: list[int]) -> bool:
         self.say()
-        self.step("asking again; the busy server of the middle third is killed (SIGKILL) in mid-sentence")
+        self.step("asking again, and killing (SIGKILL) the busy server of the middle third")
         killed: list[Daemon] = []
 
         def kill_busy(tokens: int) -> None:
@@ -184,7 +194,7 @@ class Demo:
         verdict = "the same, token for token" if same else "DIFFERENT"
         self.say(
             f"    {name} was killed after token {KILL_AFTER_TOKENS}: {answer.replays} replay(s), longest pause "
-            f"{answer.longest_pause_s:.2f} s; the text is {verdict}"
+            f"{answer.longest_pause_s:.2f} s\n    the text is {verdict}"
         )
         return same and bool(killed) and answer.replays > 0
 
@@ -297,7 +307,11 @@ def main(out: TextIO = sys.stdout) -> int:
     demo = Demo(out)
     try:
         with tempfile.TemporaryDirectory(prefix="peerd-demo-") as directory, running(demo.daemons):
-            code = demo.run(Path(directory))
+            try:
+                code = demo.run(Path(directory))
+            except KeyboardInterrupt:
+                demo.say("\n\ninterrupted; stopping the daemons")
+                raise
             demo.say()
             demo.step("stopping the daemons")
         demo.step("done" if code == EXIT_OK else "the demo FAILED: the swarm's text was not the local one")
@@ -305,6 +319,6 @@ def main(out: TextIO = sys.stdout) -> int:
         demo.say(f"\nThe demo could not run: {error}")
         return EXIT_NOT_STARTED
     except KeyboardInterrupt:
-        demo.say("\ninterrupted; the daemons are stopped")
+        demo.say("the daemons are stopped")
         return EXIT_INTERRUPTED
     return code

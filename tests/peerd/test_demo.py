@@ -30,7 +30,7 @@ def test_ctrl_c_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
         demo.send_signal(signal.SIGINT)
         rest = demo.stdout.read().decode()
         assert demo.wait(60) == EXIT_INTERRUPTED
-    assert rest.endswith("interrupted; the daemons are stopped\n")
+    assert rest.endswith("\ninterrupted; stopping the daemons\nthe daemons are stopped\n")
     assert "Traceback" not in rest
     assert [process for process in started if process.is_running()] == []
     assert list(tmp_path.iterdir()) == []
