@@ -10,9 +10,15 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from overlay.errors import PeerdError
 from peerd.config import Config, load, state_directory
+
+if TYPE_CHECKING:  # imported where they are used, so that `peerd id` stays light
+    from overlay.ports import Ports
+    from peerd.node import Node
+    from peerd.store import FileStorage
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Each ends the daemon in good order: Ctrl-C, `kill`, and a terminal that is closed."""
@@ -42,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _start(config: Config) -> int:
     from overlay.ports import Ports
     from overlay.transport.tcp import TcpTransport
+    from peerd.first_look import check_models
     from peerd.store import opened_state
     from peerd.system_ports import LoopClock, SystemRandomness, SystemWallClock
 
+    check_models(config.serving)
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     logging.getLogger("kademlia").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
@@ -57,7 +65,7 @@ def _start(config: Config) -> int:
     return 0
 
 
-async def _run(config, ports, storage) -> None:  # type: ignore[no-untyped-def]
+async def _run(config: Config, ports: Ports, storage: FileStorage) -> None:
     from blocks.engine.thread import DeviceThread
     from peerd.node import Node
 
@@ -70,7 +78,7 @@ async def _run(config, ports, storage) -> None:  # type: ignore[no-untyped-def]
     await node.run(_say_ready)
 
 
-def _say_ready(node) -> None:  # type: ignore[no-untyped-def]
+def _say_ready(node: Node) -> None:
     address = node.addresses()[0]
     print(f"ready: peerd start --join {address}", flush=True)
 

@@ -31,6 +31,7 @@ from peerd.admission import KvAdmission
 from peerd.announcer import Announcer
 from peerd.config import AUTO, NONE, Config
 from peerd.decoding import DriverModel
+from peerd.first_look import BadSpan, require_span
 from peerd.model_exchange import ModelFetcher, ModelShelf
 from peerd.swarm import KnownModel, Swarm
 from peerd.version import VERSION
@@ -60,15 +61,6 @@ class WrongClass(PeerdError):
     exit_code = 16
     http_status = 503
     blame = Blame.US
-
-
-class BadSpan(PeerdError):
-    """``--serve-blocks a:b`` names blocks that the model doesn't have."""
-
-    code = "bad-span"
-    exit_code = 2
-    http_status = 400
-    blame = Blame.USER
 
 
 @dataclass(slots=True)
@@ -235,8 +227,7 @@ class ModelHost:
         compute_class = self._compute_class(source, model, free)
         cost = _footprint(source, compute_class)
         if isinstance(config.serving.blocks, Span):
-            if config.serving.blocks.end > source.blocks:
-                raise BadSpan(f"{source.name} has blocks 0:{source.blocks}; {config.serving.blocks} is no span of it.")
+            require_span(source.name, source.blocks, config.serving.blocks)
             allowed = config.serving.max_memory_bytes or int(free * 0.7)
             kv_bytes = max(KV_BYTES_MIN, (allowed - len(config.serving.blocks) * cost.block_bytes) // 4)
             return compute_class, config.serving.blocks, Sizing(len(config.serving.blocks), kv_bytes)

@@ -69,7 +69,7 @@ class ModelSource:
         """What precedes a block's index in the tensors' names."""
         prefix = block_prefix(self.tensors, self.blocks)
         if prefix is None:
-            raise BadModel(f"{self.name} lacks the tensors of some of its {self.blocks} blocks: fetch its files again.")
+            raise _lacks_blocks(self.name, self.blocks)
         return prefix
 
     def tensors_of_span(self, start: int, end: int) -> tuple[str, ...]:
@@ -115,11 +115,21 @@ def resolve(spec: str, cache_dir: Path | None = None, progress: Progress | None 
     Raises:
         ModelNotFound, BadModel, UnsupportedModel, HubRefused, HubUnavailable.
     """
+    directory = local_directory(spec)
+    if directory is not None:
+        return resolve_directory(directory, cache_dir, progress, kind=DEMO if spec == DEMO else "directory")
+    from blocks.model.hub import resolve_hub
+
+    return resolve_hub(spec)
+
+
+def local_directory(spec: str) -> Path | None:
+    """The directory that ``spec`` names; None for what only the hub can tell. Raises ModelNotFound for what is neither."""
     if spec == DEMO:
-        return resolve_directory(Path(__file__).parent.parent / DEMO, cache_dir, progress, kind=DEMO)
+        return Path(__file__).parent.parent / DEMO
     path = Path(spec).expanduser()
     if spec and path.is_dir():
-        return resolve_directory(path, cache_dir, progress)
+        return path
     looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1
     if path.exists() or looks_like_path or not spec:
         raise ModelNotFound(f"{spec or '(empty)'} is not a directory: give a model's directory, a hub id or 'demo'.")
@@ -127,9 +137,25 @@ def resolve(spec: str, cache_dir: Path | None = None, progress: Progress | None 
         raise ModelNotFound(
             f"No model is called {spec!r}: give 'demo', a directory with config.json and safetensors, or owner/name."
         )
-    from blocks.model.hub import resolve_hub
+    return None
 
-    return resolve_hub(spec)
+
+def look_at(spec: str) -> int | None:
+    """How many blocks a model on this disk has, once its config and every header of its weights have been found sound.
+
+    Reads no weights, so that a wrong ``--model`` is told at once. None for a hub id, which only the network can tell about.
+
+    Raises:
+        ModelNotFound, BadModel, UnsupportedModel: as `resolve` would.
+    """
+    directory = local_directory(spec)
+    if directory is None:
+        return None
+    blocks = block_count(read_config(directory))
+    _, tensors = _weights_of(directory)
+    if block_prefix(tensors, blocks) is None:
+        raise _lacks_blocks(directory.name, blocks)
+    return blocks
 
 
 def resolve_directory(
@@ -200,6 +226,10 @@ def _weights_of(directory: Path) -> tuple[list[str], dict[str, str]]:
     if missing is not None:
         raise BadModel(f"{directory / listed[missing]} lacks the tensor {missing}, which the index promises.")
     return names, tensors
+
+
+def _lacks_blocks(name: str, blocks: int) -> BadModel:
+    return BadModel(f"{name} lacks the tensors of some of its {blocks} blocks: fetch its files again.")
 
 
 def no_safetensors(where: str, names: list[str]) -> BadModel:

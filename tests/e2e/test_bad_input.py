@@ -229,14 +229,29 @@ def test_a_malformed_join_ends_the_start(tmp_path: Path, join: str) -> None:
     assert re.fullmatch(r"peerd: --join: .*\n", log)
 
 
-def test_damaged_weights_end_the_daemon_and_are_named(tmp_path: Path) -> None:
-    model = make_tiny("llama", tmp_path / "little", num_hidden_layers=1)
-    path = model / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    code, log = ends(tmp_path, "--model", str(model))
-    assert code == 41
-    assert log.splitlines()[-1].startswith(f"peerd: {path} is damaged or no safetensors file (it should have ")
-    assert "Traceback" not in log
+@pytest.mark.parametrize("how", ["missing", "empty", "damaged", "outside"])
+def test_a_model_that_cannot_be_served_ends_the_start_before_it_is_ready(tmp_path: Path, how: str) -> None:
+    model = tmp_path / "little"
+    arguments, code, sentence = ("--model", str(model)), 40, f"peerd: {model} is not a directory"
+    if how == "empty":
+        model.mkdir()
+        sentence = f"peerd: {model} has no config.json"
+    if how == "damaged":
+        path = make_tiny("llama", model, num_hidden_layers=1) / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        code, sentence = 41, f"peerd: {path} is damaged or no safetensors file (it should have "
+    if how == "outside":
+        arguments, code = ("--model", "demo", "--serve-blocks", "4:13"), 2
+        sentence = "peerd: demo has blocks 0:12; 4:13 is no span of it."
+    daemon = start_daemon("daemon", tmp_path, *arguments)
+    with running([daemon]):
+        assert daemon.process.wait(90) == code
+        assert daemon.process.stdout is not None
+        assert daemon.process.stdout.read() == b""  # never said ready
+        assert not daemon.socket_path.exists()
+    log = daemon.log_path.read_text()
+    assert log.startswith(sentence)
+    assert len(log.splitlines()) == 1
 
 
 def test_an_unreachable_network_is_warned_of_once_and_tried_again(tmp_path: Path) -> None:
