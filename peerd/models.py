@@ -8,8 +8,10 @@ imported there, never on the loop's thread.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable, Collection, Coroutine
+import mmap
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import psutil
 
 from blocks.engine.thread import DeviceThread
 from blocks.model.identity import Manifest, id_of, make_manifest
+from blocks.model.safetensors_header import read_header
 from blocks.model.source import DEMO, ModelSource, resolve, text_config
 from blocks.protocol.device import JobResult, LeaseKey, ReleaseJob, SpanJob
 from blocks.sizing import Footprint, Sizing, footprint, kv_values_of, outside_parameters, size_up, stored_parameters
@@ -29,6 +32,7 @@ from overlay.ports import Clock
 from overlay.rpc.types import DTYPE_BYTES, Part
 from peerd.admission import KvAdmission
 from peerd.announcer import Announcer
+from peerd.client.tensor_body import Tensor
 from peerd.config import AUTO, NONE, Config
 from peerd.decoding import DriverModel
 from peerd.first_look import BadSpan, require_span
@@ -338,7 +342,7 @@ class ModelHost:
         return await done
 
     def _width(self, source: ModelSource) -> int:
-        return hidden_width(source)
+        return hidden_width(source.config, source.name)
 
     def measure(self, record: SpanRecord) -> SpanRecord:
         """A record of ours with the figures of this moment."""
@@ -402,6 +406,31 @@ class ModelHost:
         await self._device.call(install)
         return Drivable(DriverModel(key, manifest.model, compute_class, width, max_positions), codec)
 
+    async def described(self, known: KnownModel) -> DriverModel:
+        """Enough of a model to have its blocks called; loads nothing. Raises PeerdError."""
+        manifest = known.manifest
+        compute_class = self._swarm.compute_class_of(manifest.model) or manifest.compute
+        fields = json.loads(manifest.config)
+
+        def context() -> int:
+            from blocks.model.span import max_positions
+
+            return max_positions(fields)
+
+        # Not the loader's thread, which may be at a load of minutes.
+        max_tokens = await asyncio.to_thread(context)
+        key = model_key(manifest.model, compute_class)
+        return DriverModel(key, manifest.model, compute_class, hidden_width(fields, manifest.name), max_tokens)
+
+    async def outside(self, known: KnownModel) -> dict[str, Tensor]:
+        """The tensors outside the blocks, for a client that has no files of the model. Raises PeerdError."""
+        manifest = known.manifest
+        source = await self._local_source(manifest)
+        if source is not None:
+            return await self._slowly(outside_tensors, source)
+        received = await self._fetcher.tensors(manifest, self._servers_of(known))
+        return {entry.name: Tensor(entry.dtype, entry.shape, received[entry.name]) for entry in manifest.tensors}
+
     async def _local_source(self, manifest: Manifest) -> ModelSource | None:
         """The model's files here, if they are the very ones; a hub's model comes from the hub where that can be reached."""
         found = self._sources.get(manifest.model)
@@ -423,13 +452,31 @@ class ModelHost:
         return tuple(entry for entry in online if entry[0] != own)
 
 
-def hidden_width(source: ModelSource) -> int:
+def hidden_width(config: Mapping[str, Any], name: str) -> int:
     """d_model, from the config."""
-    fields = text_config(source.config)
-    for name in ("hidden_size", "n_embd", "d_model"):
-        if isinstance(fields.get(name), int):
-            return int(fields[name])
-    raise BadSpan(f"The config of {source.name} doesn't say its hidden size.")
+    fields = text_config(config)
+    for field in ("hidden_size", "n_embd", "d_model"):
+        if isinstance(fields.get(field), int):
+            return int(fields[field])
+    raise BadSpan(f"The config of {name} doesn't say its hidden size.")
+
+
+def outside_tensors(source: ModelSource) -> dict[str, Tensor]:
+    """What lies outside the blocks, mapped from the model's files: read as it is sent."""
+    from blocks.model.hub import fetch
+
+    names = source.tensors_outside_blocks()
+    fetch(source, names)
+    found = {}
+    for file in sorted({source.tensors[name] for name in names}):
+        entries = read_header(source.directory / file)
+        with (source.directory / file).open("rb") as opened:
+            view = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        for name in names:
+            if source.tensors[name] == file and name in entries:
+                entry = entries[name]
+                found[name] = Tensor(entry.dtype, entry.shape, view[entry.start : entry.end])
+    return found
 
 
 def device_name(wanted: str) -> str:

@@ -26,10 +26,11 @@ from overlay.multiaddr import Multiaddr
 from overlay.ports import Ports, Randomness, WallClock
 from overlay.transport.tcp import ListenError
 from peerd.announcer import Announcer
+from peerd.client.tensor_body import Tensor
 from peerd.config import Config
 from peerd.decoding import Decode, DecodeListener, DecodeRequest, DecoderPool
 from peerd.generation import TextModel
-from peerd.local_api.node_view import HopView, ServedModel, ServerView, SessionView, Status, SwarmModel
+from peerd.local_api.node_view import BlockModel, HopView, ServedModel, ServerView, SessionView, Status, SwarmModel
 from peerd.local_api.server import serving
 from peerd.metrics import Metrics
 from peerd.models import Drivable, ModelHost
@@ -284,12 +285,7 @@ class Node:
 
     async def open_model(self, name: str | None) -> TextModel:
         """See `NodeView.open_model`."""
-        try:
-            known = self._swarm.resolve_name(name)
-        except PeerdError:
-            await self._swarm.refresh()
-            known = self._resolve(name)
-        await self._swarm.freshen(known.manifest.model)
+        known = await self._find(name)
         drivable = await self._models.drivable(known)
         return TextModel(
             self._swarm.name_of(known.manifest.model),
@@ -297,6 +293,26 @@ class Node:
             drivable.driver.max_positions,
             functools.partial(self._start, drivable),
         )
+
+    async def block_model(self, name: str | None) -> BlockModel:
+        """See `NodeView.block_model`."""
+        known = await self._find(name)
+        model = known.manifest.model
+        driver = await self._models.described(known)
+        return BlockModel(self._swarm.name_of(model), known.blocks, known.manifest.config, driver)
+
+    async def outside_tensors(self, name: str | None) -> dict[str, Tensor]:
+        """See `NodeView.outside_tensors`."""
+        return await self._models.outside(await self._find(name))
+
+    async def _find(self, name: str | None) -> KnownModel:
+        try:
+            known = self._swarm.resolve_name(name)
+        except PeerdError:
+            await self._swarm.refresh()
+            known = self._resolve(name)
+        await self._swarm.freshen(known.manifest.model)
+        return known
 
     def _resolve(self, name: str | None) -> KnownModel:
         try:

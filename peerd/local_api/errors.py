@@ -78,6 +78,27 @@ class TooManyRequests(PeerdError):
     retryable = True
 
 
+class BodiesFull(PeerdError):
+    """Larger bodies are under way than this daemon holds at once."""
+
+    code = "busy"
+    exit_code = 64
+    http_status = 503
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TapeGone(PeerdError):
+    """What forward kept is no longer here: send what it got along with the gradient."""
+
+    code = "tape-gone"
+    http_status = 410
+    blame = Blame.USER
+
+
 class SocketPathError(PeerdError):
     """A path that can't be a Unix socket here."""
 

@@ -17,3 +17,14 @@ OPEN_RETRY_S = 0.25
 """Between two tries to open a model that isn't known yet."""
 STOP_GRACE_S = 5.0
 """How long answers under way may take to hear that the daemon stops."""
+TENSOR_BODY_BYTES_MAX = 256 << 20
+TENSOR_BODIES_BYTES_MAX = 512 << 20
+"""Of all tensor requests under way together."""
+TENSOR_REQUESTS_MAX = 64
+BUSY_RETRY_S = 1
+CHECK_INLINE_BYTES = 1 << 20
+"""Smaller bodies are checked on the loop: that is quicker than a thread."""
+TAPES_BYTES_MAX = 1 << 30
+TAPES_MAX = 4096
+TAPE_LIFE_S = 600.0
+TAPE_ID_BYTES = 16

@@ -6,12 +6,17 @@ The API never reaches behind this, so it can be tested against any node, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from overlay.ports import Randomness, WallClock
+from peerd.client.tensor_body import Tensor
+from peerd.decoding import DriverModel
 from peerd.generation import TextModel
 from peerd.metrics import Metrics
 from routing.types import Span
+
+if TYPE_CHECKING:
+    from peerd.calls.caller import BatchCaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,16 @@ class SwarmModel:
     servers: tuple[ServerView, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class BlockModel:
+    """A model whose blocks can be asked for."""
+
+    name: str
+    blocks: int
+    config: str  # JSON, as the model id covers it
+    driver: DriverModel
+
+
 class NodeView(Protocol):
     """A running node."""
 
@@ -86,6 +101,9 @@ class NodeView(Protocol):
     def wall_clock(self) -> WallClock: ...
     @property
     def randomness(self) -> Randomness: ...
+    @property
+    def calls(self) -> BatchCaller:
+        """Batches through spans of a model."""
 
     def status(self) -> Status: ...
 
@@ -99,6 +117,12 @@ class NodeView(Protocol):
             PeerdError: ``unknown-model`` (404), ``model-required`` (400, lists the names), or why it can't be driven. A retryable
                 one (the node still joins, or loads its own models) is tried again for as long as the request may wait.
         """
+
+    async def block_model(self, name: str | None) -> BlockModel:
+        """Find a model as `open_model` does, but load nothing: for somebody who brings hidden states. Raises PeerdError."""
+
+    async def outside_tensors(self, name: str | None) -> dict[str, Tensor]:
+        """What of a model lies outside its blocks, from its files or from a server. Raises PeerdError."""
 
     def request_stop(self) -> None:
         """Begin a graceful stop; returns at once."""

@@ -31,6 +31,7 @@ from peerd.local_api.errors import (
 from peerd.local_api.limits import BODY_BYTES_MAX, HEADER_LINE_BYTES_MAX, STOP_GRACE_S
 from peerd.local_api.node_view import NodeView
 from peerd.local_api.socket_file import listening_socket, peer_uid
+from peerd.local_api.tensors import Tensors
 from peerd.metrics import CONTENT_TYPE
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ async def serving(node: NodeView, socket_path: Path, owner_uid: int | None = Non
             yield
         finally:
             api.completions.cancel_all()
+            api.tensors.cancel_all()
             await runner.cleanup()
 
 
@@ -95,6 +97,7 @@ class LocalApi:
         self._owner_uid = owner_uid
         self._created = int(node.wall_clock.now_s())
         self.completions = Completions(node)
+        self.tensors = Tensors(node)
 
     def application(self) -> web.Application:
         """Every path and method there is."""
@@ -109,6 +112,7 @@ class LocalApi:
                 web.get("/api/v0/swarm", self._swarm),
                 web.get("/api/v0/metrics", self._metrics),
                 web.post("/api/v0/stop", self._stop),
+                *self.tensors.routes(),
             ]
         )
         return application
@@ -170,7 +174,11 @@ class LocalApi:
 
 
 def _refusal(error: PeerdError) -> web.Response:
-    return json_response(error_document(error), error.http_status)
+    response = json_response(error_document(error), error.http_status)
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if error.http_status == 503 and isinstance(retry_after_s, int | float):
+        response.headers["Retry-After"] = str(max(1, round(retry_after_s)))
+    return response
 
 
 def _of_http(error: web.HTTPException, request: web.Request) -> PeerdError:

@@ -160,9 +160,10 @@ class _Session:
             if not isinstance(opened.get("id"), str):
                 raise BadAnswer("The daemon opened no session; is the daemon of another version?")
             self._path = f"/api/v0/sessions/{opened['id']}"
-        given = {"hidden": pack(hidden[None], model.dtype)}
+        row = hidden[None]
+        given = {"hidden": pack(row, model.dtype)}
         answer, _ = model.client.tensors(f"{self._path}/step", given, {"position": str(position)})
-        return unpack(answer, "hidden", hidden)[0]
+        return unpack(answer, "hidden", row)[0]
 
     def close(self) -> None:
         """Free what the servers hold; a daemon that is gone has freed it."""
