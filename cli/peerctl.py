@@ -8,8 +8,10 @@ from cli.dispatch import Command, dispatch
 
 COMMANDS = {
     "generate": Command("cli.generate", "continue or answer a prompt, as a stream"),
+    "jobs": Command("cli.jobs", "training jobs: list, watch, cancel, resume"),
     "status": Command("cli.status", "the daemon: its id, addresses, models, sessions"),
     "swarm": Command("cli.swarm", "which blocks are covered by whom"),
+    "train": Command("cli.train", "train an adapter through the swarm"),
 }
 
 

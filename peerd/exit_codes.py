@@ -13,6 +13,7 @@ DAEMON_LOST = 4
 BAD_ANSWER = 5
 STILL_RUNNING = 6
 NOT_OURS = 7
+JOB_FAILED = 8
 OUTPUT_FAILED = 9
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -50,6 +51,12 @@ BY_ERROR_CODE = {
     "stopping": 62,
     "request-too-large": 63,
     "busy": 64,
+    "bad-dataset": 70,
+    "job-exists": 71,
+    "unknown-job": 72,
+    "job-state": 73,
+    "bad-checkpoint": 74,
+    "diverged": 75,
 }
 """Errors that a person can meet and act on, each by its own number."""
 

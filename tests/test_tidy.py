@@ -32,6 +32,11 @@ PURE = (
     "routing",
     "blocks/protocol",
     "blocks/engine/kv_budget.py",
+    "peerd/training/settings.py",
+    "peerd/training/dataset.py",
+    "peerd/training/batches.py",
+    "peerd/training/schedule.py",
+    "peerd/training/gradients.py",
 )
 IMPURE_IMPORTS = {
     "asyncio",

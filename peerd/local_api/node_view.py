@@ -13,6 +13,7 @@ from peerd.client.tensor_body import Tensor
 from peerd.decoding import DriverModel
 from peerd.generation import TextModel
 from peerd.metrics import Metrics
+from peerd.training.jobs import Jobs
 from routing.types import Span
 
 if TYPE_CHECKING:
@@ -104,6 +105,9 @@ class NodeView(Protocol):
     @property
     def calls(self) -> BatchCaller:
         """Batches through spans of a model."""
+
+    @property
+    def jobs(self) -> Jobs: ...
 
     def status(self) -> Status: ...
 

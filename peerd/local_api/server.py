@@ -28,6 +28,7 @@ from peerd.local_api.errors import (
     RequestTooLarge,
     error_document,
 )
+from peerd.local_api.jobs import JobPaths
 from peerd.local_api.limits import BODY_BYTES_MAX, HEADER_LINE_BYTES_MAX, STOP_GRACE_S
 from peerd.local_api.node_view import NodeView
 from peerd.local_api.socket_file import listening_socket, peer_uid
@@ -68,6 +69,7 @@ async def serving(node: NodeView, socket_path: Path, owner_uid: int | None = Non
         finally:
             api.completions.cancel_all()
             api.tensors.cancel_all()
+            api.jobs.cancel_all()
             await runner.cleanup()
 
 
@@ -98,6 +100,7 @@ class LocalApi:
         self._created = int(node.wall_clock.now_s())
         self.completions = Completions(node)
         self.tensors = Tensors(node)
+        self.jobs = JobPaths(node)
 
     def application(self) -> web.Application:
         """Every path and method there is."""
@@ -113,6 +116,7 @@ class LocalApi:
                 web.get("/api/v0/metrics", self._metrics),
                 web.post("/api/v0/stop", self._stop),
                 *self.tensors.routes(),
+                *self.jobs.routes(),
             ]
         )
         return application

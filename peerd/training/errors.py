@@ -57,7 +57,7 @@ class JobEnded(PeerdError):
 class TooManyJobs(PeerdError):
     """The queue of jobs, or the memory of old ones, is full."""
 
-    code = "too-many-jobs"
+    code = "too-many-requests"
     exit_code = 61
     http_status = 429
     retryable = True

@@ -54,15 +54,18 @@ class Job:
             "progress": shown,
         }
 
-    def enter(self, state: JobState, reason: str = "") -> None:
-        """The one place where a state changes; on disk before anybody hears of it, where it outlives the process."""
-        before = self.record.state
-        self.record.state, self.record.reason = state, reason
-        if state.is_final:
-            self.record.result = self.progress.document()
-        if state.is_final or before.is_final:
-            self.directory.save(self.record)
-        self._tell()
+    def entered(self, state: JobState, reason: str = "") -> Record:
+        """The record in another state, on disk where that outlives the process; nobody hears of it before `become`."""
+        result = self.progress.document() if state.is_final else self.record.result
+        changed = replace(self.record, state=state, reason=reason, result=result)
+        if state.is_final or self.record.state.is_final:
+            self.directory.save(changed)
+        return changed
+
+    def become(self, record: Record) -> None:
+        """Take the record that `entered` gave, and tell."""
+        self.record = record
+        self.tell()
 
     # --- peerd.training.run.Told ---
 
@@ -70,15 +73,16 @@ class Job:
         """New figures: so it runs."""
         if self.record.state is not JobState.RUNNING:
             self.record.state, self.record.reason = JobState.RUNNING, ""
-        self._tell()
+        self.tell()
 
     def waits(self, reason: str) -> None:
         """Nothing moves; ``reason`` says for what."""
         if (self.record.state, self.record.reason) != (JobState.WAITING, reason):
             self.record.state, self.record.reason = JobState.WAITING, reason
-            self._tell()
+            self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Wake whoever watches."""
         self._news.set()
         self._news = asyncio.Event()
 
@@ -137,27 +141,31 @@ class Jobs:
         job.changed()
         try:
             await run.run()
-            job.enter(JobState.DONE)
-            await asyncio.to_thread(job.directory.free)
+            await self._end(job, JobState.DONE)
             log.info("job %s is done", job.name)
         except asyncio.CancelledError:
             if not job.cancelling:
                 raise
-            self._fail(job, JobState.CANCELLED, "")
-            await asyncio.to_thread(job.directory.free)
+            await self._end(job, JobState.CANCELLED)
         except PeerdError as error:
             log.warning("job %s failed: %s", job.name, error)
-            self._fail(job, JobState.FAILED, str(error))
+            self._fail(job, str(error))
         except Exception:  # the supervision point of jobs: a bug in one ends that one
             log.exception("job %s failed", job.name)
-            self._fail(job, JobState.FAILED, "The daemon failed to run this job; its log says why.")
+            self._fail(job, "The daemon failed to run this job; its log says why.")
 
-    def _fail(self, job: Job, state: JobState, reason: str) -> None:
+    async def _end(self, job: Job, state: JobState) -> None:
+        """The end of a job that keeps nothing; it is on disk before anything is freed, and all is freed before anybody hears."""
+        ended = job.entered(state)
+        await asyncio.to_thread(job.directory.free)
+        job.become(ended)
+
+    def _fail(self, job: Job, reason: str) -> None:
         try:
-            job.enter(state, reason)
+            job.become(job.entered(JobState.FAILED, reason))
         except PeerdError as error:  # a full disk takes no note of it either; what is there is a job to resume
             log.warning("job %s: %s", job.name, error)
-            job._tell()
+            job.become(replace(job.record, state=JobState.FAILED, reason=reason, result=job.progress.document()))
 
     # --- what people ask for ---
 
@@ -199,8 +207,8 @@ class Jobs:
         job = Job(record, JobDirectory(self._directory, settings.name))
         job.progress.steps, job.progress.examples = steps, len(read.examples)
         job.progress.lines_skipped = read.skipped_count
-        self._jobs[job.name] = job
         job.directory.create(record, dataset)
+        self._jobs[job.name] = job
         self._wake.set()
         return job
 
@@ -241,8 +249,7 @@ class Jobs:
             job.task.cancel()
             await asyncio.wait({job.task})
         else:
-            job.enter(JobState.CANCELLED)
-            await asyncio.to_thread(job.directory.free)
+            await self._end(job, JobState.CANCELLED)
         return job
 
     def resume(self, name: str) -> Job:
@@ -250,6 +257,6 @@ class Jobs:
         job = self.get(name)
         if job.record.state is not JobState.FAILED:
             raise JobEnded(f"The job {name!r} is {job.record.state.value}; only a failed one can be resumed.")
-        job.enter(JobState.QUEUED)
+        job.become(job.entered(JobState.QUEUED))
         self._wake.set()
         return job

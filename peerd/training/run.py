@@ -173,11 +173,8 @@ class Run:
         model = await self._patiently(
             functools.partial(self._workshop.open_trained, settings.model), ("unknown-model",)
         )
-        if model.model_id != self._record.model:
-            raise BadCheckpoint(
-                f"{model.name} is not the model that this job began with; train again under a new name."
-            )
         data = await asyncio.to_thread(self._directory.dataset)
+        self._check_same(model, data)
         dataset = await asyncio.to_thread(read_for, model, settings, self._record.created_s, data)
         plan = plan_of(settings, len(dataset.examples))
         progress.steps, progress.steps_per_epoch = plan.steps, plan.steps_per_epoch

@@ -13,6 +13,7 @@ import overlay.transport.tcp
 import peerd.generation
 import peerd.local_api.errors
 import peerd.store
+import peerd.training.errors
 import routing.errors
 from overlay.errors import PeerdError
 from peerd import exit_codes
@@ -21,7 +22,7 @@ from peerd.exit_codes import BY_ERROR_CODE, exit_code_of
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 MODULES = (
     blocks.model.errors, overlay.errors, overlay.transport.tcp, peerd.generation, peerd.local_api.errors, peerd.store,
-    routing.errors,
+    routing.errors, peerd.training.errors,
 )  # fmt: skip
 
 
