@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.swarm_steps import PROMPT, STEPS, local_loop
+from blocks.demo import MODEL_DIRECTORY
 from blocks.engine.runner import Runner
 from blocks.engine.thread import DeviceThread
 from blocks.model.head import load_head
@@ -105,18 +106,20 @@ async def measure(directory: Path) -> None:
         local(), direct()
         for _ in range(ROUNDS):
             rows.append((local(), direct(), await own()))
-    for index, name in enumerate(("transformers", "runner", "driving itself")):
+    for index, name in enumerate(("local transformers", "our engine, one span", "a node drives itself")):
         rate = statistics.median(row[index] for row in rows)
         ratio = statistics.median(row[index] / row[0] for row in rows)
-        print(f"  {name:<16}{rate:8.1f} steps/s  {ratio:5.2f} of local")
+        print(f"  {name:<24}{rate:8.1f} steps/s  {ratio:5.2f} of local")
 
 
 def main() -> None:
-    """The hand-over, then the tiny Llama."""
+    """The hand-over, then the tiny Llama and the demo model."""
     print(f"  hand-over of an empty job: {asyncio.run(hand_over_us()):.0f} us")
     with tempfile.TemporaryDirectory() as folder:
         print("tiny Llama, hidden 256, 8 blocks")
         asyncio.run(measure(make_tiny("benchmark", Path(folder))))
+    print("demo model, 12 blocks")
+    asyncio.run(measure(MODEL_DIRECTORY))
 
 
 if __name__ == "__main__":
