@@ -24,3 +24,8 @@ CACHE_FIRST_TOKENS = 64  # what a new KV cache reserves before it doubles
 PLAN_TOKENS = 128  # positions whose rotary rows are worked out in one go
 PLAN_TABLES = 8  # such stretches kept per span
 PROOF_TOKENS = 1024  # windows beyond this are served without traced programs: the proof's memory grows with them
+
+BATCH_PLANS = 4  # masks and rotary rows of batches, kept between a batch's forward and its backward
+BATCH_GRAPH_BYTES = 768 << 20  # what a backward pass may keep of the blocks between at once; never fewer than one block
+BATCH_SHAPES = 64  # shapes of batches whose blocks' graphs have been measured
+LOSS_LOGITS_BYTES = 256 << 20  # logits and what is made of them, at once

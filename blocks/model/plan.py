@@ -7,6 +7,8 @@ position and length alone, never on hidden states; a family of which that isn't 
 
 from __future__ import annotations
 
+import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from torch import nn
 from blocks.model.architecture import Absent, Anatomy
 from blocks.model.errors import UnsupportedModel
 from blocks.model.kv_cache import SpanCache
+from blocks.model.limits import BATCH_PLANS
 
 HIDDEN = object()
 CACHE = object()
@@ -29,8 +32,8 @@ class Call:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: torch.Tensor, cache: SpanCache) -> torch.Tensor:
-        """Call ``block`` this way."""
+    def run(self, block: nn.Module, hidden: torch.Tensor, cache: SpanCache | None = None) -> torch.Tensor:
+        """Call ``block`` this way; without ``cache`` only where the call has none in it."""
         arguments = [hidden if value is HIDDEN else cache if value is CACHE else value for value in self.arguments]
         options = {
             name: hidden if value is HIDDEN else cache if value is CACHE else value
@@ -118,6 +121,8 @@ class Planner:
         self._width = width
         self._dtype = dtype
         self._device = device
+        self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
+        self._batches: OrderedDict[tuple[int, int, bytes | None, bytes | None], list[Call]] = OrderedDict()
 
     def learn_result_kind(self, fresh_cache: Callable[[], SpanCache]) -> None:
         """Find out whether the decoder expects its blocks to return a tensor or a tuple."""
@@ -147,7 +152,44 @@ class Planner:
         calls = [station.call for station in self.stations[start:end]]
         return [call for call in calls if call is not None]
 
+    def batch_calls(
+        self, rows: int, tokens: int, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> list[Call]:
+        """How all blocks are called for whole sequences without a cache; the last few plans are kept. Not for inference mode.
+
+        Args:
+            mask: (rows, tokens) uint8 on the CPU, 1 where there is a token.
+            positions: (rows, tokens) int32 on the CPU; families that number their tokens themselves don't look at them.
+        """
+        if positions is not None and mask is None:
+            mask = torch.ones((rows, tokens), dtype=torch.uint8)  # or transformers takes jumps for packed sequences
+        key = (rows, tokens, _bytes_of(mask), _bytes_of(positions))
+        calls = self._batches.get(key)
+        if calls is None:
+            calls = self._batches[key] = self._plan_batch(rows, tokens, mask, positions)
+            if len(self._batches) > BATCH_PLANS:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(key)
+        return calls
+
+    def _plan_batch(
+        self, rows: int, tokens: int, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> list[Call]:
+        options: dict[str, Any] = {} if mask is None else {"attention_mask": mask.to(self._device, torch.int64)}
+        if positions is not None and self._takes_positions:
+            options["position_ids"] = positions.to(self._device, torch.int64)
+        dummy = torch.zeros((rows, tokens, self._width), dtype=self._dtype, device=self._device)
+        # Not under inference_mode: its tensors can't be saved for a backward pass.
+        with torch.no_grad():
+            self._decoder(inputs_embeds=dummy, use_cache=False, **options)
+        calls = [station.call for station in self.stations]
+        return [call for call in calls if call is not None]
+
     def noise(self, generator: torch.Generator, count: int) -> torch.Tensor:
         """A random hidden state (1, count, width), for probing."""
         values = torch.randn((1, count, self._width), generator=generator)
         return values.to(dtype=self._dtype, device=self._device)
+
+
+def _bytes_of(tensor: torch.Tensor | None) -> bytes | None:
+    return None if tensor is None else tensor.contiguous().numpy().tobytes()

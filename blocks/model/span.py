@@ -7,18 +7,19 @@ as the model's own forward would call them (`plan`), with single tokens through 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from blocks.model.architecture import Absent, Anatomy, build, parse_dtype, read_config
 from blocks.model.errors import UnsupportedModel
 from blocks.model.hub import fetch
 from blocks.model.kv_cache import LayerShape, ShapeProbe, SpanCache, layer_windows
-from blocks.model.plan import Planner, install_stations, silence_surroundings
+from blocks.model.plan import Call, Planner, install_stations, silence_surroundings
 from blocks.model.quantise import quantise
 from blocks.model.source import ModelSource, Progress, text_config
 from blocks.model.step import StepPrograms
@@ -60,6 +61,8 @@ class Span:
         self._planner = Planner(anatomy, width, self.dtype, self.device)
         self._shapes: tuple[LayerShape, ...] = ()
         self._steps: StepPrograms | None = None
+        self.graph_bytes: dict[tuple[int, int], int] = {}
+        """By rows and tokens: what a block's graph keeps for backward, as measured (`blocks.model.batch`)."""
         with torch.inference_mode():
             self._planner.learn_result_kind(lambda: ShapeProbe(self._windows))
             self._shapes = self._probe_shapes()
@@ -102,6 +105,17 @@ class Span:
         part._shapes = tuple(shape for shape in self._shapes if start <= shape.block < end)
         part._steps = None
         return part
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The blocks themselves, for batches (`blocks.model.batch`)."""
+        return self._blocks
+
+    def batch_calls(
+        self, rows: int, tokens: int, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> list[Call]:
+        """How each of this span's blocks is called for whole sequences; see `Planner.batch_calls`."""
+        return self._planner.batch_calls(rows, tokens, mask, positions)[self.start : self.end]
 
     @property
     def width(self) -> int:
