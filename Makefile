@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit bench clean
+.PHONY: help install demo demo-train test lint types unit bench clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ install: $(STAMP) ## Create .venv and install peerd into it
 
 demo: $(STAMP) ## Four daemons on loopback, a streamed answer, a killed server
 	$(BIN)/peerd demo
+
+demo-train: $(STAMP) ## An adapter trained through the same swarm, and a server killed meanwhile
+	$(BIN)/python -m peerd.demo_train
 
 lint: $(STAMP) ## Style rules
 	$(BIN)/ruff check .

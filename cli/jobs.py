@@ -30,7 +30,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="the job that is meant")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     add_connection_flags(parser)
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)
     if (flags.action == "list") != (flags.name is None):
         parser.error("watch, cancel and resume need the NAME of a job, and list none.")
     client = client_for(flags)

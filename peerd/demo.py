@@ -60,6 +60,8 @@ class Answer:
 class Demo:
     """The run itself; every line that people see goes through `say`."""
 
+    failure = "the swarm's text was not the local one"
+
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._started = time.monotonic()
@@ -299,12 +301,12 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens
 
 
-def main(out: TextIO = sys.stdout) -> int:
-    """Run the demo in a temporary directory and clean up, also on Ctrl-C, on SIGTERM, and when its terminal goes."""
+def main(out: TextIO = sys.stdout, kind: type[Demo] = Demo) -> int:
+    """Run a demo in a temporary directory and clean up, also on Ctrl-C, on SIGTERM, and when its terminal goes."""
     if threading.current_thread() is threading.main_thread():
         for number in END_SIGNALS:
             signal.signal(number, signal.default_int_handler)
-    demo = Demo(out)
+    demo = kind(out)
     try:
         with tempfile.TemporaryDirectory(prefix="peerd-demo-") as directory, running(demo.daemons):
             try:
@@ -314,7 +316,7 @@ def main(out: TextIO = sys.stdout) -> int:
                 raise
             demo.say()
             demo.step("stopping the daemons")
-        demo.step("done" if code == EXIT_OK else "the demo FAILED: the swarm's text was not the local one")
+        demo.step("done" if code == EXIT_OK else f"the demo FAILED: {demo.failure}")
     except DaemonFailed as error:
         demo.say(f"\nThe demo could not run: {error}")
         return EXIT_NOT_STARTED
