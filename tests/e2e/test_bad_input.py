@@ -272,3 +272,19 @@ def test_an_unreachable_network_is_warned_of_once_and_tried_again(tmp_path: Path
             assert log.count("WARNING") == 1
             assert "known peers answers yet" in log
             made.check_logs()
+
+
+def test_a_note_that_can_t_be_written_is_a_warning_and_the_daemon_leaves_in_good_order(tmp_path: Path) -> None:
+    """As on a full disk: whom it met can't be kept, and that ends nothing."""
+    made = Network(tmp_path)
+    with running(made.daemons):
+        made.start("first", "--serve-blocks", "none")
+        second = made.start("client", "--serve-blocks", "none")
+        wait_until((second.state_dir / "known-peers.json").exists)
+        (second.state_dir / "known-peers.json.new").mkdir()  # where the new note would be written
+        second.process.terminate()
+        assert second.process.wait(60) == 0
+    warnings = [line for line in second.log_path.read_text().splitlines() if "WARNING" in line]
+    assert len(warnings) == 1
+    assert "known peers could not be saved" in warnings[0]
+    made.check_logs()
