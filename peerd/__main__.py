@@ -6,14 +6,17 @@ Owns signals, logging and exit codes; everything else is `peerd.node`. A PeerdEr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from overlay.errors import PeerdError
-from peerd.config import Config, load, state_directory
+from peerd.config import STOP_WITH_STDIN, Config, ConfigError, load, state_directory
 
 if TYPE_CHECKING:  # imported where they are used, so that `peerd id` stays light
     from overlay.ports import Ports
@@ -22,6 +25,8 @@ if TYPE_CHECKING:  # imported where they are used, so that `peerd id` stays ligh
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Each ends the daemon in good order: Ctrl-C, `kill`, and a terminal that is closed."""
+IGNORED_BYTES = 4096
+"""What is read at a time of a standard input that only counts by its end."""
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -54,8 +59,8 @@ def _start(config: Config) -> int:
 
     check_models(config.serving)
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
-    logging.getLogger("kademlia").setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for chatty in ("kademlia", "asyncio", "httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     with opened_state(config.paths.state_dir) as storage:
         ports = Ports(LoopClock(), SystemWallClock(), SystemRandomness(), (TcpTransport(),), storage)
         try:
@@ -75,7 +80,35 @@ async def _run(config: Config, ports: Ports, storage: FileStorage) -> None:
         if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
             continue  # nohup's daemon outlives its terminal
         loop.add_signal_handler(number, node.request_stop)
+    if config.stop_with_stdin:
+        _stop_with_stdin(loop, node)
     await node.run(_say_ready)
+
+
+def _stop_with_stdin(loop: asyncio.AbstractEventLoop, node: Node) -> None:
+    """Stop when the other end of standard input is gone, however its holder ended: nobody is left to wait for a drain."""
+    stdin = sys.__stdin__.fileno() if sys.__stdin__ is not None else -1
+
+    def readable() -> None:
+        if os.read(stdin, IGNORED_BYTES):
+            return
+        loop.remove_reader(stdin)
+        node.request_stop()
+        node.request_stop()
+
+    try:
+        loop.add_reader(stdin, readable)
+    except (OSError, ValueError) as error:  # a file, or closed
+        raise ConfigError(f"{STOP_WITH_STDIN}: standard input has to be a pipe, a socket or a terminal.") from error
+
+
+def _end(code: int) -> NoReturn:
+    """End the process, without waiting for threads that load, hash or import: what they make is of no use now."""
+    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):  # closed or full outputs: there is nobody to tell
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _say_ready(node: Node) -> None:
@@ -98,4 +131,7 @@ def _id(rest: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if threading.active_count() > 1:
+        _end(status)
+    sys.exit(status)

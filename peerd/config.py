@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class Config:
     network: Network = Network()
     serving: Serving = Serving()
     log_level: str = "info"
+    stop_with_stdin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,8 @@ _OPTIONS = (
     _Option("log-level", _one_of(*LOG_LEVELS), "LEVEL", f"{', '.join(LOG_LEVELS)} (default info)"),
 )  # fmt: skip
 _CONFIG_VARIABLE = "PEERD_CONFIG"
+STOP_WITH_STDIN = "--stop-with-stdin"
+"""A flag only: as a variable or a key it would end daemons whose standard input nobody holds."""
 
 
 def start_parser(prog: str = "peerd start") -> argparse.ArgumentParser:
@@ -210,6 +213,11 @@ def start_parser(prog: str = "peerd start") -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help="a TOML file with the same names (default: the user's, if it is there)"
     )
+    parser.add_argument(
+        STOP_WITH_STDIN,
+        action="store_true",
+        help="stop at once when standard input ends, so that the program at its other end can't leave daemons behind",
+    )
     return parser
 
 
@@ -222,6 +230,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     """
     environment = os.environ if environment is None else environment
     flags = vars(start_parser().parse_args(arguments))
+    stop_with_stdin = bool(flags.pop("stop_with_stdin"))
     values: dict[str, Any] = {}
     values |= _from_file(_config_file(flags.pop("config"), environment))
     values |= _from_environment(environment)
@@ -232,7 +241,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     }
     if flags["state_dir"] is not None and flags["socket"] is None:
         values.pop("socket", None)  # a state directory that was given keeps its socket to itself
-    return _assemble(values, environment)
+    return replace(_assemble(values, environment), stop_with_stdin=stop_with_stdin)
 
 
 def user_environment() -> Mapping[str, str]:

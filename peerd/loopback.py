@@ -1,8 +1,8 @@
 """A swarm of real daemons as processes on loopback: for `peerd demo`, end-to-end tests and benchmarks.
 
 Owns the processes that it started (and only those), their state directories and their logs. Knows a daemon only from
-outside: its command line, its `ready` line, its socket.
-
+outside: its command line, its `ready` line, its socket. Each daemon's standard input is a pipe whose other end is held here and
+nowhere else, so that daemons stop when this process is gone, even killed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from peerd.config import STOP_WITH_STDIN
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -98,8 +100,9 @@ class Daemon:
                 self.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 def start_daemon(
@@ -114,13 +117,14 @@ def start_daemon(
     state_dir = directory / name
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     where = () if listen is None or "--listen" in arguments else ("--listen", listen)
-    command = [sys.executable, "-m", "peerd", "start", "--state-dir", str(state_dir), *where, *arguments]
+    start = [sys.executable, "-m", "peerd", "start", STOP_WITH_STDIN]
+    command = [*start, "--state-dir", str(state_dir), *where, *arguments]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PEERD_")}
     environment = kept | {"OMP_NUM_THREADS": str(torch_threads), "PYTHONUNBUFFERED": "1", "TMPDIR": str(state_dir)}
     with (state_dir / "log").open("ab") as log:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,

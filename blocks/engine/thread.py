@@ -70,11 +70,14 @@ class DeviceThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the job that runs; what waits is not run."""
+        """End the thread after the job that runs; what waits is not run.
+
+        A thread that is long at it (torch's import, a large prefill) is left to itself after `STOP_JOIN_S`: its process ends without it.
+        """
         self._stopping = True
         self._wake.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(limits.STOP_JOIN_S)
             self._thread = None
 
     def submit(self, jobs: Sequence[Job], done: Done) -> None:
