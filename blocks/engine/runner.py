@@ -1,6 +1,7 @@
 """Runs jobs: loaded spans and heads by name, KV caches by lease, and buffers that become tensors without a copy.
 
-Owned by whichever thread is the device's. Knows jobs and models; nothing of sessions, queues or loops.
+Owned by whichever thread is the device's. Knows jobs and models (those of training are in `batch_jobs`); nothing of sessions,
+queues or loops.
 """
 
 from __future__ import annotations
@@ -10,32 +11,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from blocks.engine.batch_jobs import BatchJobs, run_batch_job
 from blocks.engine.errors import ComputeFailed, DeviceBusy, NotLoaded
+from blocks.engine.parts import part_of, tensor_of
 from blocks.model.head import Head
 from blocks.model.kv_cache import SpanCache
 from blocks.model.sampling import sample
 from blocks.model.span import Span
 from blocks.protocol.device import EmbedJob, Job, JobResult, LeaseKey, ReleaseJob, SampleJob, SpanJob
 from overlay.errors import PeerdError
-from overlay.rpc.types import Part
 from routing.types import Span as Blocks
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def tensor_of(part: Part, device: torch.device) -> torch.Tensor:
-    """(1, rows, width) over the part's own bytes (a view on the CPU)."""
-    flat = torch.frombuffer(part.data, dtype=DTYPES[part.dtype])
-    tensor = flat.view(1, *part.shape)
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
-
-
-def part_of(rows: torch.Tensor, name: str = "hidden") -> Part:
-    """A part over a tensor's own memory (on the CPU); the tensor must not be written to afterwards."""
-    rows = rows.detach().cpu().contiguous()
-    data: memoryview = rows.view(torch.uint8).numpy().reshape(-1).data
-    return Part(name, NAMES[rows.dtype], tuple(rows.shape), data)
 
 
 @dataclass(slots=True)
@@ -50,7 +35,6 @@ class Runner:
     def __init__(self) -> None:
         self._spans: dict[str, Span] = {}
         self._heads: dict[str, Head] = {}
-        self._parts: dict[tuple[str, Blocks], Span] = {}
         self._caches: dict[LeaseKey, _Cache] = {}
 
     # --- what is loaded ---
@@ -67,8 +51,6 @@ class Runner:
     def remove_span(self, model: str) -> None:
         """Forget a span; its leases' KV goes when they end."""
         self._spans.pop(model, None)
-        for key in [key for key in self._parts if key[0] == model]:
-            del self._parts[key]
 
     def remove_head(self, model: str) -> None:
         self._heads.pop(model, None)
@@ -83,8 +65,12 @@ class Runner:
         """Do ``job``; every failure comes back as the result's error."""
         started = time.perf_counter()
         try:
-            with torch.inference_mode():
-                result = self._run(job)
+            if isinstance(job, BatchJobs):
+                # Not under inference_mode, whose tensors can't be saved for a backward pass.
+                result = run_batch_job(job, self._span, self._head)
+            else:
+                with torch.inference_mode():
+                    result = self._run(job)
         except PeerdError as error:
             result = JobResult(job, error=error)
         except torch.OutOfMemoryError:
@@ -138,10 +124,7 @@ class Runner:
             raise NotLoaded("The blocks are not loaded here any more; plan another route.")
         if (whole.start, whole.end) == (blocks.start, blocks.end):
             return whole
-        part = self._parts.get((model, blocks))
-        if part is None:
-            part = self._parts[model, blocks] = whole.section(blocks.start, blocks.end)
-        return part
+        return whole.section(blocks.start, blocks.end)
 
     def _head(self, model: str) -> Head:
         head = self._heads.get(model)

@@ -42,9 +42,10 @@ class Head:
         self.vocabulary: int = text.vocab_size
         self.max_positions = max_positions(config.to_dict())
         self._windows = layer_windows(config)
-        self._input_width = int(anatomy.model.get_input_embeddings().weight.shape[1])
+        self.input_width = int(anatomy.model.get_input_embeddings().weight.shape[1])
         install_stations(anatomy)
-        planner = Planner(anatomy, self._input_width, self.dtype, self.device)
+        planner = Planner(anatomy, self.input_width, self.dtype, self.device)
+        self._stations = planner.stations
         self._first: Station = planner.stations[0]
         self._last: Station = planner.stations[-1]
         self._embed: Callable[[torch.Tensor, int], torch.Tensor] = self._embed_slowly
@@ -92,6 +93,36 @@ class Head:
                 return self._logits(hidden)[0]
             return self._logits_slowly(hidden)[0]
 
+    def table_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (rows, tokens) to (rows, tokens, d_embedding): where prefixes live, before the family's scales and positions."""
+        embedded: torch.Tensor = self._model.get_input_embeddings()(ids)
+        return embedded
+
+    def embed_rows(self, embedded: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
+        """`table_rows`' rows behind ``prefix`` (rows, length, d_embedding) to hidden (rows, length + tokens, d_model), with gradients."""
+        inputs = embedded if prefix is None else torch.cat([prefix, embedded], dim=1)
+        self._decoder(inputs_embeds=inputs, use_cache=False)
+        hidden = self._first.hidden
+        self._forget()
+        assert hidden is not None
+        return hidden
+
+    def logits_of_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden (rows, tokens, d_model) of the last block, to logits (rows, tokens, vocabulary), with gradients where they're on."""
+        dummy = torch.zeros((*hidden.shape[:2], self.input_width), dtype=self.dtype, device=self.device)
+        self._last.substitute = hidden
+        try:
+            logits: torch.Tensor = self._model(inputs_embeds=dummy, use_cache=False).logits
+        finally:
+            self._last.substitute = None
+            self._forget()
+        return logits
+
+    def _forget(self) -> None:
+        """Let go of what the stations saw: it may be a whole graph."""
+        for station in self._stations:
+            station.hidden = station.call = None
+
     def _cache(self, position: int) -> SpanCache:
         cache = SpanCache(self._windows, (), 0, self.dtype, self.device)
         cache.pretend(position)
@@ -104,7 +135,7 @@ class Head:
         return hidden
 
     def _logits_slowly(self, hidden: torch.Tensor) -> torch.Tensor:
-        shape = (1, hidden.shape[1], self._input_width)
+        shape = (1, hidden.shape[1], self.input_width)
         dummy = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._last.substitute = hidden
         try:

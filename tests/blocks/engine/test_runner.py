@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blocks.engine.runner import Runner, part_of, tensor_of
+from blocks.engine.parts import part_of, tensor_of
+from blocks.engine.runner import Runner
 from blocks.model.exact import Reference
 from blocks.model.head import load_head
 from blocks.model.source import ModelSource, resolve
