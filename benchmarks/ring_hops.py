@@ -190,7 +190,9 @@ class Plan:
 
     route: Route
 
-    def plan(self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes]) -> Route:
+    def plan(
+        self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes], span: Span | None = None
+    ) -> Route:
         return self.route
 
     def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:

@@ -324,8 +324,10 @@ class Swarm:
 
     # --- routes ---
 
-    def plan(self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes]) -> Route:
-        """The best route now.
+    def plan(
+        self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes], span: Span | None = None
+    ) -> Route:
+        """The best route now, through ``span`` of the model (None: all of it).
 
         Raises:
             BlocksUnserved: nobody serves or loads some blocks, by a fresh look.
@@ -339,7 +341,7 @@ class Swarm:
         links = link_table(view.servers, own, self._measured_rtt)
         costs = Costs(links, least_link_s=least_link_s(view.servers, own, self._measured_rtt))
         salt = self._salt + next(self._plans).to_bytes(8, "big")
-        question = Question(own, compute_class, tuple(avoid), salt=salt)
+        question = Question(own, compute_class, tuple(avoid), salt=salt, span=span)
         try:
             return plan_route(view, self.name_of(model), question, costs, self.health, now)
         except BlocksUnserved as error:

@@ -24,13 +24,14 @@ NEAR_TIE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Who asks for a route through what."""
+    """Who asks for a route through what; ``span`` None: all blocks."""
 
     driver: bytes
     compute_class: ComputeClass
     avoid: tuple[bytes, ...] = ()
     tokens: int = 0
     salt: bytes = b""
+    span: Span | None = None
 
 
 def plan_route(view: ModelView, name: str, question: Question, costs: Costs, health: Health, now: float) -> Route:
@@ -47,7 +48,8 @@ def plan_route(view: ModelView, name: str, question: Question, costs: Costs, hea
         and server.compute_class == question.compute_class
         and server.peer not in question.avoid
     ]
-    path = _cheapest(view.blocks, usable, question, costs, health, now)
+    span = question.span or Span(0, view.blocks)
+    path = _cheapest(span, usable, question, costs, health, now)
     if path is None:
         raise _no_route(view, name, usable, question)
     return Route(tuple(Hop(server.peer, server.addresses, span) for server, span in path))
@@ -57,8 +59,11 @@ def _no_route(
     view: ModelView, name: str, usable: Sequence[SpanRecord], question: Question
 ) -> BlocksPending | BlocksUnserved:
     def uncovered(servers: Sequence[SpanRecord]) -> tuple[Span, ...]:
-        return runs(tuple(not any(block in server.span for server in servers) for block in range(view.blocks)))
+        return runs(
+            tuple(block in span and not any(block in server.span for server in servers) for block in range(view.blocks))
+        )
 
+    span = question.span or Span(0, view.blocks)
     same_class = [server for server in view.servers if server.compute_class == question.compute_class]
     nobody = uncovered(same_class)
     return BlocksUnserved(name, nobody) if nobody else BlocksPending(name, uncovered(usable))
@@ -75,11 +80,11 @@ class _Reach:
 
 
 def _cheapest(
-    blocks: int, servers: Sequence[SpanRecord], question: Question, costs: Costs, health: Health, now: float
+    span: Span, servers: Sequence[SpanRecord], question: Question, costs: Costs, health: Health, now: float
 ) -> list[tuple[SpanRecord, Span]] | None:
     prices = _Prices(servers, question, costs, health, now)
     reached: list[_Reach] = []
-    for block in range(blocks):
+    for block in range(span.start, span.end):
         reached = _advance(block, reached, [server for server in servers if block in server.span], prices)
         if not reached:
             return None
@@ -88,7 +93,7 @@ def _cheapest(
     last = min(
         reached, key=lambda reach: (reach.cost + costs.hop_s(reach.server.peer, question.driver), reach.server.peer)
     )
-    return _walk_back(last, blocks)
+    return _walk_back(last, span.end)
 
 
 class _Prices:

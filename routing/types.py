@@ -83,15 +83,13 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Ordered hops that cover every block of a model once."""
+    """Ordered hops that cover every block of a model once, or of a part of it."""
 
     hops: tuple[Hop, ...]
 
     def __post_init__(self) -> None:
         if not self.hops:
             raise ValueError("a route needs at least one hop")
-        if self.hops[0].span.start != 0:
-            raise ValueError("a route starts at block 0")
         for before, after in zip(self.hops, self.hops[1:], strict=False):
             if before.span.end != after.span.start:
                 raise ValueError(f"a route has no gaps: {before.span} is followed by {after.span}")
@@ -99,7 +97,7 @@ class Route:
     @property
     def blocks(self) -> int:
         """How many blocks the route covers."""
-        return self.hops[-1].span.end
+        return self.hops[-1].span.end - self.hops[0].span.start
 
     def __len__(self) -> int:
         return len(self.hops)

@@ -118,7 +118,9 @@ class Plans:
     asked: int = 0
     error: PeerdError = field(default_factory=lambda: DialError("nobody serves the blocks"))
 
-    def plan(self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes]) -> Route:
+    def plan(
+        self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes], span: Span | None = None
+    ) -> Route:
         self.asked += 1
         for route in self.routes:
             if not any(hop.peer in avoid for hop in route.hops):

@@ -133,8 +133,8 @@ def _read_open(message: Message, session: bytes, epoch: Epoch, hop_index: int) -
     header = message.header
     entries = read_list(header, "route", limits.ROUTE_HOPS_MAX)
     route = tuple(_read_hop(entry) for entry in entries)
-    if not route or route[0].span.start != 0 or hop_index >= len(route):
-        raise BadMessage("a route starts at block 0 and has the hop that it is sent to")
+    if hop_index >= len(route):
+        raise BadMessage("a route has the hop that it is sent to")
     for before, after in pairwise(route):
         if before.span.end != after.span.start:
             raise BadMessage("a route has no gaps")

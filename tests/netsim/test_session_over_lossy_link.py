@@ -159,7 +159,9 @@ class FixedPlanner:
         self._trace = trace
         self.blamed: list[str] = []
 
-    def plan(self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes]) -> Route:
+    def plan(
+        self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes], span: Span | None = None
+    ) -> Route:
         route: list[Hop] = []
         for start in (0, 2, 4):
             serving = [hop for hop in self._hops if hop.span.start == start]

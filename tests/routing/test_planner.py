@@ -27,6 +27,16 @@ def plan(servers: list[SpanRecord], *, blocks: int = 8, avoid: tuple[bytes, ...]
     return plan_route(seen, "demo", question, costs or Costs(lambda a, b: 0.01), health or Health(), 0.0)
 
 
+def test_a_part_of_the_blocks_needs_only_its_own_servers() -> None:
+    servers = [server("a", "0:4"), server("b", "4:6")]
+    question = Question(DRIVER, FLOAT32, span=Span(3, 6))
+    found = plan_route(ModelView(MODEL, 8, tuple(servers)), "demo", question, Costs(lambda a, b: 0.01), Health(), 0.0)
+    assert (names(found), found.blocks) == (["a 3:4", "b 4:6"], 3)
+    with pytest.raises(BlocksUnserved) as caught:
+        plan(servers)
+    assert caught.value.spans == (Span(6, 8),)
+
+
 def names(route: Route) -> list[str]:
     return [f"{hop.peer.decode()} {hop.span}" for hop in route.hops]
 
