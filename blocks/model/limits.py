@@ -23,6 +23,8 @@ FREE_DISK_MARGIN_BYTES = 256 << 20
 CACHE_FIRST_TOKENS = 64  # what a new KV cache reserves before it doubles
 PLAN_TOKENS = 128  # positions whose rotary rows are worked out in one go
 PLAN_TABLES = 8  # such stretches kept per span
+SECTIONS_KEPT = 8  # parts of a span, with their programs, for routes that enter or leave it midway
+SECTION_STEPS = 16  # single tokens that a section runs before its programs are traced
 PROOF_TOKENS = 1024  # windows beyond this are served without traced programs: the proof's memory grows with them
 
 BATCH_PLANS = 4  # masks and rotary rows of batches, kept between a batch's forward and its backward

@@ -7,6 +7,7 @@ as the model's own forward would call them (`plan`), with single tokens through 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from blocks.model.architecture import Absent, Anatomy, build, parse_dtype, read_
 from blocks.model.errors import UnsupportedModel
 from blocks.model.hub import fetch
 from blocks.model.kv_cache import LayerShape, ShapeProbe, SpanCache, layer_windows
+from blocks.model.limits import SECTION_STEPS, SECTIONS_KEPT
 from blocks.model.plan import Call, Planner, install_stations, silence_surroundings
 from blocks.model.quantise import quantise
 from blocks.model.source import ModelSource, Progress, text_config
@@ -61,6 +63,9 @@ class Span:
         self._planner = Planner(anatomy, width, self.dtype, self.device)
         self._shapes: tuple[LayerShape, ...] = ()
         self._steps: StepPrograms | None = None
+        self._steps_limit: int | None = None
+        self._steps_owed: int | None = None  # of a section: untraced steps still to run before tracing pays
+        self._sections: OrderedDict[tuple[int, int], Span] = OrderedDict()
         self.graph_bytes: dict[tuple[int, int], int] = {}
         """By rows and tokens: what a block's graph keeps for backward, as measured (`blocks.model.batch`)."""
         with torch.inference_mode():
@@ -89,21 +94,33 @@ class Span:
                 limit=min(limit or self.max_positions, self.max_positions),
             )
             steps.prepare()
-        self._steps = steps
+        self._steps, self._steps_limit = steps, limit
 
     def section(self, start: int, end: int) -> Span:
-        """Blocks [start, end) of this span over the same weights, for routes that enter or leave it midway; not traced.
+        """Blocks [start, end) of this span over the same weights, for routes that enter or leave it midway.
+
+        The last `SECTIONS_KEPT` are kept. Where the span's own steps are traced, a section's are, too, once it has run
+        `SECTION_STEPS` single tokens: so a short visit doesn't cost everybody the time that the proof takes.
 
         Raises:
             ValueError: for blocks that aren't in this span.
         """
         if not self.start <= start < end <= self.end:
             raise ValueError(f"{start}:{end} is no part of {self.start}:{self.end}")
+        part = self._sections.pop((start, end), None) or self._cut(start, end)
+        self._sections[start, end] = part
+        if len(self._sections) > SECTIONS_KEPT:
+            self._sections.popitem(last=False)
+        return part
+
+    def _cut(self, start: int, end: int) -> Span:
         part = copy(self)
         part.start, part.end = start, end
         part._blocks = self._blocks[start - self.start : end - self.start]
         part._shapes = tuple(shape for shape in self._shapes if start <= shape.block < end)
         part._steps = None
+        part._steps_owed = SECTION_STEPS if self._steps is not None and self._steps.is_traced else None
+        part._sections = OrderedDict()
         return part
 
     @property
@@ -116,6 +133,15 @@ class Span:
     ) -> list[Call]:
         """How each of this span's blocks is called for whole sequences; see `Planner.batch_calls`."""
         return self._planner.batch_calls(rows, tokens, mask, positions)[self.start : self.end]
+
+    def _count_step(self) -> None:
+        """One more single token without a program; the last one owed has the programs made."""
+        if self._steps_owed is None:
+            return
+        self._steps_owed -= 1
+        if self._steps_owed <= 0:
+            self._steps_owed = None
+            self.prepare_steps(self._steps_limit)
 
     @property
     def width(self) -> int:
@@ -162,6 +188,8 @@ class Span:
                 for block, call in zip(self._blocks, calls, strict=True):
                     output = call.run(block, output, cache)
             cache.commit(count)
+            if count == 1 and self._steps is None:
+                self._count_step()
             return output
 
 

@@ -183,6 +183,11 @@ class StepPrograms:
         for start in (0, *(border for border in self._borders if border < min(self._limit, PROOF_TOKENS))):
             self._regimes[self._regime_of(start)] = self._make(start)
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether any regime has a program."""
+        return any(regime.program is not None for regime in self._regimes.values())
+
     def run(self, hidden: torch.Tensor, cache: SpanCache) -> torch.Tensor | None:
         """One token (1, 1, d_model) through the span, `SpanCache.begin` having been called; None where there's no program."""
         position = cache.length

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from blocks.model.errors import CacheFull, UnsupportedModel
 from blocks.model.head import Head, load_head
+from blocks.model.limits import SECTION_STEPS, SECTIONS_KEPT
 from blocks.model.source import ModelSource, resolve
 from blocks.model.span import Span, load_span
 from tests.models import FAMILIES, make_tiny
@@ -147,6 +148,33 @@ def test_tables_hold_over_many_stretches_of_positions(llama: ModelSource, tmp_pa
     for position in range(300):
         hidden = torch.randn((1, 1, 32), generator=generator)
         assert torch.equal(fast.forward(hidden, position, ours), slow.forward(hidden, position, theirs)), position
+
+
+def test_a_section_is_traced_once_it_is_used_and_changes_no_bit(llama: ModelSource) -> None:
+    whole, plain = load_span(llama, 0, 4), load_span(llama, 0, 4, prepare_steps=False)
+    fast, slow = whole.section(1, 3), plain.section(1, 3)
+    ours, theirs = fast.new_cache(80), slow.new_cache(80)
+    generator = torch.Generator().manual_seed(4)
+    for position in range(80):
+        hidden = torch.randn((1, 1, 32), generator=generator)
+        assert (fast._steps is not None) == (position >= SECTION_STEPS)
+        assert torch.equal(fast.forward(hidden, position, ours), slow.forward(hidden, position, theirs)), position
+    assert fast._steps is not None
+    assert fast._steps.is_traced
+    assert slow._steps is None  # nor is a section where the span isn't
+    assert whole.section(1, 3) is fast
+
+
+def test_only_so_many_sections_are_kept_and_the_least_used_goes(llama: ModelSource) -> None:
+    span = load_span(llama, 0, 4, prepare_steps=False)
+    cuts = [(start, end) for start in range(4) for end in range(start + 1, 5)][: SECTIONS_KEPT + 1]
+    assert len(cuts) == SECTIONS_KEPT + 1
+    first = span.section(*cuts[0])
+    for cut in cuts[1:-1]:
+        span.section(*cut)
+    assert span.section(*cuts[0]) is first
+    span.section(*cuts[-1])
+    assert list(span._sections) == [*cuts[2:-1], cuts[0], cuts[-1]]
 
 
 def test_a_session_that_outgrows_its_agreement_is_told_so_and_keeps_its_past(llama: ModelSource) -> None:
