@@ -201,7 +201,11 @@ def _refuse(bound: dict[str, Any], config: Any) -> None:
         raise ValueError(
             "attention_mask has to be (rows, tokens), 1 where there is a token: servers know no other masks."
         )
-    cache = bound.get("past_key_values")
+    cache, positions = bound.get("past_key_values"), bound.get("position_ids")
+    if mask is None and cache is None and positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids that jump mean packed texts, which servers don't know: give an attention_mask, too."
+        )
     if cache is not None and not isinstance(cache, RemoteCache):
         raise ValueError(
             "past_key_values has to be a RemoteCache (model.new_cache): keys and values are with the servers."
