@@ -19,7 +19,7 @@ from overlay.ports import WallClock
 from peerd.training import limits
 from peerd.training.errors import BadDataset, JobEnded, JobExists, TooManyJobs, UnknownJob
 from peerd.training.job_directory import JobDirectory, JobState, Record, load_jobs
-from peerd.training.run import Progress, Run, Workshop, plan_of, read_for
+from peerd.training.run import Progress, Run, TrainedModel, Workshop, plan_of, read_for
 from peerd.training.settings import JobSettings
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Jobs:
             PeerdError: what is wrong with the settings, the dataset or the model; then nothing is kept.
         """
         self._check_free(settings.name)
-        model = await self._workshop.open_trained(settings.model)
+        model = await self._opened(settings.model)
         settings = replace(settings, model=model.name)
         created_s = self._wall_clock.now_s()
         if settings.length >= model.driver.max_positions - 1:
@@ -211,6 +211,18 @@ class Jobs:
         self._jobs[job.name] = job
         self._wake.set()
         return job
+
+    async def _opened(self, name: str | None) -> TrainedModel:
+        """The model, also if this daemon is only about to know it. Raises PeerdError."""
+        clock = self._workshop.clock
+        deadline = clock.now() + limits.OPEN_WAIT_S
+        while True:
+            try:
+                return await self._workshop.open_trained(name)
+            except PeerdError as error:
+                if not error.retryable or clock.now() >= deadline:
+                    raise
+            await asyncio.sleep(limits.OPEN_RETRY_S)
 
     def _check_free(self, name: str) -> None:
         old = self._jobs.get(name)

@@ -33,6 +33,9 @@ MICRO_BATCHES_AHEAD = 4
 """Of one step, under way at once: the forward of one overlaps the backward of another."""
 BLOCKS_WAIT_S = 5.0
 """How long one step waits for its blocks before the job says that it waits."""
+OPEN_WAIT_S = 60.0
+"""How long a job that is handed in waits for a model that the daemon is about to know."""
+OPEN_RETRY_S = 0.25
 RETRY_S = 1.0
 BUSY_TRIES_MAX = 120
 SPEED_STEPS = 10

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from overlay.errors import PeerdError
@@ -302,8 +301,3 @@ def _finite(value: float | None) -> float | None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
-
-
-def jobs_path(state_dir: Path) -> Path:
-    """Where jobs are kept."""
-    return state_dir / "jobs"

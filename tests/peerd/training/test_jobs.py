@@ -270,7 +270,11 @@ def test_the_name_of_an_adapter_is_taken(tmp_path: Path) -> None:
     assert "peerctl adapters remove one" in str(error)
 
 
-def test_an_unknown_model_is_refused_with_its_own_sentence(tmp_path: Path) -> None:
+def test_a_model_that_does_not_come_is_refused_with_its_own_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "OPEN_WAIT_S", 2.0)
+    monkeypatch.setattr(limits, "OPEN_RETRY_S", 0.0)
     assert str(refused(tmp_path, Workbench(missing=Unserved("No model is called x.")))) == "No model is called x."
 
 

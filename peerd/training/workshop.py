@@ -1,0 +1,93 @@
+"""What the node lends to training jobs: its models, its device, its calls to others' blocks, its adapters.
+
+Owns the hand-over to the device's thread, where the optimizer lives. Decides nothing. Imports torch only in that thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blocks.engine.thread import DeviceThread
+from overlay.ports import Clock
+from overlay.rpc.types import Part
+from peerd.training.batches import Plan
+from peerd.training.dataset import Dataset
+from peerd.training.errors import BadCheckpoint
+from peerd.training.run import TrainedModel
+from peerd.training.settings import JobSettings
+from peerd.training.trainer import Blocks, Trainer
+
+if TYPE_CHECKING:
+    from blocks.engine.trainable import Trainable
+
+OpenTrained = Callable[[str | None], Awaitable[TrainedModel]]
+KeepAdapter = Callable[[TrainedModel, JobSettings, Mapping[str, Part]], Awaitable[None]]
+
+
+class DeviceLearner:
+    """Masters and optimizer in the device's thread, reached by messages: the loop never touches a tensor."""
+
+    def __init__(self, device: DeviceThread, trainable: Trainable) -> None:
+        self._device = device
+        self._trainable = trainable
+
+    async def values(self) -> Mapping[str, Part]:
+        found: list[Mapping[str, Part]] = []
+        await self._device.call(lambda runner: found.append(self._trainable.parts()))
+        return found[0]
+
+    async def step(self, gradients: Mapping[str, Part], rate: float) -> bool:
+        taken: list[bool] = []
+        await self._device.call(lambda runner: taken.append(not self._trainable.step(gradients, rate).skipped))
+        return taken[0]
+
+    async def state(self) -> bytes:
+        found: list[bytes] = []
+        await self._device.call(lambda runner: found.append(self._trainable.state()))
+        return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeWorkshop:
+    """`peerd.training.run.Workshop` of a node, from its parts."""
+
+    clock: Clock
+    device: DeviceThread
+    blocks: Blocks
+    open_trained: OpenTrained
+    servers_lost: Callable[[], int]
+    has_adapter: Callable[[str], bool]
+    keep_adapter: KeepAdapter
+
+    async def make_learner(
+        self, settings: JobSettings, initial: Mapping[str, Part], state: bytes | None
+    ) -> DeviceLearner:
+        """From the initial values, or from what a checkpoint holds. Raises BadCheckpoint."""
+        made: list[Trainable] = []
+
+        def make() -> None:
+            from blocks.engine.trainable import AdamW, Trainable
+
+            how = AdamW(weight_decay=settings.weight_decay, clip=settings.clip)
+            made.append(Trainable(initial, how) if state is None else Trainable.from_state(state, how))
+
+        try:
+            await self.device.call(lambda runner: make())
+        except ValueError as error:
+            raise BadCheckpoint(f"The checkpoint of {settings.name} can't be read ({error}); train again.") from error
+        return DeviceLearner(self.device, made[0])
+
+    def make_trainer(self, model: TrainedModel, settings: JobSettings, dataset: Dataset, plan: Plan) -> Trainer:
+        """The arithmetic of one run."""
+        return Trainer(
+            self.device,
+            self.blocks,
+            model.driver,
+            model.blocks,
+            dataset.examples,
+            plan,
+            prefix_length=settings.length,
+            micro_batch_tokens=settings.micro_batch,
+        )
