@@ -18,7 +18,7 @@ from blocks.protocol.admission import Grant
 from blocks.protocol.cells import HOP_PHASES, HopPhase
 from blocks.protocol.commands import CloseNext, EdgeKey, HopCommand, OpenNext, Reply, SendNext, Submit
 from blocks.protocol.device import JobPriority, JobResult, LeaseKey, ReleaseJob, SpanJob
-from blocks.protocol.journal import Entry, Journal
+from blocks.protocol.journal import Entry, Journal, JournalRoom
 from blocks.protocol.messages import (
     Envelope,
     Gap,
@@ -75,6 +75,7 @@ class HopSession:
         driver: bytes,
         lease: LeaseKey,
         commands: list[HopCommand],
+        room: JournalRoom,
     ) -> None:
         """Take no place yet: `open` follows at once."""
         self._self_peer = self_peer
@@ -87,7 +88,7 @@ class HopSession:
         self.beat_at = 0.0
         self.edge: EdgeKey | None = None
         self.windows_done = 0
-        self.journal = Journal(limits.JOURNAL_BYTES_MAX, limits.JOURNAL_ENTRIES_MAX)
+        self.journal = Journal(limits.JOURNAL_BYTES_MAX, limits.JOURNAL_ENTRIES_MAX, room)
         self._waiting: deque[_Item] = deque()
         self._running: deque[_Item] = deque()
 

@@ -18,6 +18,7 @@ from blocks.protocol.decoding import decode
 from blocks.protocol.device import JobResult, LeaseKey, SpanJob
 from blocks.protocol.held import HeldWindow, HeldWindows
 from blocks.protocol.hop import HopSession
+from blocks.protocol.journal import JournalRoom, bound_together
 from blocks.protocol.messages import (
     Cancel,
     Envelope,
@@ -44,6 +45,7 @@ class HopSettings:
     self_peer: bytes
     boot_id: bytes
     sessions_max: int = limits.SESSIONS_MAX
+    journals_bytes_max: int = limits.JOURNALS_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Hops:
         self._controls: dict[object, Place] = {}
         self._tombstones: dict[Place, _Tombstone] = {}
         self._held = HeldWindows()
+        self._journals = JournalRoom()
         self._refused: Counter[str] = Counter()
         self._commands: list[HopCommand] = []
         self._tick_at: float | None = None
@@ -129,8 +132,11 @@ class Hops:
         if not isinstance(job, SpanJob):
             return
         session = self._sessions.get((job.lease.session, job.lease.hop_index))
-        if session is not None:
-            session.job_done(result)
+        if session is None:
+            return
+        session.job_done(result)
+        if self._journals.used_bytes > self._settings.journals_bytes_max:
+            bound_together([other.journal for other in self._sessions.values()], self._settings.journals_bytes_max)
 
     def channel_lost(self, channel: object, now: float) -> None:
         """A channel ended. A session's control channel: its KV waits for the driver until the lease ends."""
@@ -224,7 +230,7 @@ class Hops:
             sum(session.windows_held for session in sessions),
             len(self._held),
             self._windows_done + sum(session.windows_done for session in sessions),
-            sum(session.journal.size_bytes for session in sessions),
+            self._journals.used_bytes,
             len(self._tombstones),
             tuple(sorted(self._refused.items())),
         )
@@ -296,7 +302,8 @@ class Hops:
             self._answer(channel, order, driver, grant)
             return
         if session is None:
-            session = HopSession(self._settings.self_peer, self._settings.boot_id, driver, lease, self._commands)
+            settings, commands = self._settings, self._commands
+            session = HopSession(settings.self_peer, settings.boot_id, driver, lease, commands, self._journals)
             self._sessions[place] = session
         else:
             self._controls.pop(session.control, None)

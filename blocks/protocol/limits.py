@@ -42,6 +42,8 @@ HELD_S = 2.0
 JOURNAL_BYTES_MAX = 32 << 20
 """Outputs kept per session and hop; the newest is kept whenever it fits."""
 JOURNAL_ENTRIES_MAX = 4096
+JOURNALS_BYTES_MAX = 512 << 20
+"""Outputs kept over all sessions of a node; beyond it the largest journal loses its oldest."""
 DEVICE_WINDOWS = 2
 """Windows of one session at the device at once: the next is ready when one ends, and a cancel can drop the rest."""
 TICK_S = 0.25

@@ -7,8 +7,10 @@ from dataclasses import replace
 from blocks.protocol import limits
 from blocks.protocol.commands import CloseChannel, CloseNext, HopCommand, SendNext, Submit
 from blocks.protocol.device import JobResult, LeaseKey, ReleaseJob
+from blocks.protocol.hops import Hops, HopSettings
 from blocks.protocol.messages import (
     Cancel,
+    Close,
     Epoch,
     Gap,
     Heartbeat,
@@ -69,6 +71,23 @@ def test_a_loop_that_stood_still_ends_no_lease() -> None:
     scene.now += 300
     scene.hops.on_timeout(scene.now)
     assert scene.hops.session_count == 1
+
+
+def test_all_journals_together_keep_to_one_bound_and_what_is_gone_is_left_to_the_driver() -> None:
+    scene = HopScene()
+    scene.hops = Hops(HopSettings(scene.peer, BOOT, journals_bytes_max=3 * 16), scene.door, scene.gauge)
+    other = b"t" * 16
+    scene.say(scene.order())
+    scene.say(scene.order(session=other), channel="other")
+    for turn in (1, 2, 3):
+        scene.compute(scene.window(turn, turn - 1))
+    scene.compute(scene.window(session=other))
+    assert scene.hops.statistics().journal_bytes == 3 * 16
+    lost, kept = Gap(SESSION, E1, 2, 0, 3, 0), Gap(SESSION, E1, 2, 0, 3, 1)
+    assert passed_on(scene.say(lost, scene.successor, "data")) == []  # the driver, which was told, too, replans
+    assert [again.turn for again in passed_on(scene.say(kept, scene.successor, "data"))] == [2, 3]  # type: ignore[union-attr]
+    scene.say(Close(SESSION, E1, 1))
+    assert scene.hops.statistics().journal_bytes == 16
 
 
 def test_draining_tells_drivers_refuses_opens_and_ends_what_is_left() -> None:

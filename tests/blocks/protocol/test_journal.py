@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocks.protocol.journal import Entry, Journal
+from blocks.protocol.journal import Entry, Journal, JournalRoom, bound_together
 
 from .scenes import hidden
 
@@ -47,3 +47,21 @@ def test_only_what_starts_exactly_at_a_position_covers_it() -> None:
     assert journal.covering(1) == ()
     assert journal.covering(4) == ()
     assert journal.first_position == 0
+
+
+def test_journals_over_their_common_bound_lose_the_oldest_of_the_largest() -> None:
+    room = JournalRoom()
+    small, large = (Journal(bytes_max=1000, entries_max=9, room=room) for _ in range(2))
+    small.append(entry(1, 0, 2))
+    for turn in range(1, 6):
+        large.append(entry(turn, turn - 1))
+    assert room.used_bytes == small.size_bytes + large.size_bytes == 7 * 16
+    bound_together([small, large], 4 * 16)
+    assert [kept.turn for kept in small] == [1]
+    assert [kept.turn for kept in large] == [4, 5]
+    assert room.used_bytes == 4 * 16
+    large.truncate(4)
+    small.clear()
+    assert room.used_bytes == large.size_bytes == 16
+    bound_together([small, large], 0)
+    assert room.used_bytes == len(large) == 0
