@@ -22,7 +22,7 @@ LEVEL = 10
 class ManifestTooLarge(PeerdError):
     """A model with so many files that its manifest fits into no record."""
 
-    code = "manifest-too-large"
+    code = "unsupported-model"
     exit_code = 42
     http_status = 422
     blame = Blame.USER

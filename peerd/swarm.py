@@ -50,7 +50,7 @@ class UnknownModel(PeerdError):
     """No model of that name is known in this network."""
 
     code = "unknown-model"
-    exit_code = 53
+    exit_code = 40
     http_status = 404
     blame = Blame.USER
 

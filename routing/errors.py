@@ -42,6 +42,6 @@ class BadRecord(PeerdError):
     """A record that can't be read: its publisher's fault."""
 
     code = "bad-record"
-    exit_code = 52
+    exit_code = 1
     http_status = 502
     blame = Blame.PEER

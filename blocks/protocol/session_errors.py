@@ -64,7 +64,7 @@ class SessionFault(PeerdError):
         retry_after_s: when the same hop may be asked again (`busy`), or None.
     """
 
-    exit_code = 40
+    exit_code = 1  # between hops and drivers: a fault that reaches a person has been put into other words
     http_status = 503
 
     def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
