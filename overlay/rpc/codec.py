@@ -45,10 +45,10 @@ def encode_part(part: Part, codec: Codec) -> bytes | bytearray | memoryview:
         return part.data
     width = DTYPE_BYTES[part.dtype]
     planes = np.ascontiguousarray(np.frombuffer(part.data, np.uint8).reshape(-1, width).T)
-    return zstandard.ZstdCompressor(level=LEVEL).compress(planes.tobytes())
+    return zstandard.ZstdCompressor(level=LEVEL).compress(planes.data)
 
 
-def decode_planes(encoded: bytes | bytearray, width: int, decoded_bytes: int) -> bytes:
+def decode_planes(encoded: bytes | bytearray, width: int, decoded_bytes: int) -> bytearray:
     """Undo `encode_part`; never makes more than ``decoded_bytes``. Raises ProtocolViolation."""
     try:
         if zstandard.frame_content_size(bytes(encoded[:32])) != decoded_bytes:
@@ -58,4 +58,6 @@ def decode_planes(encoded: bytes | bytearray, width: int, decoded_bytes: int) ->
         raise ProtocolViolation("A peer sent a compressed tensor that can't be read.") from error
     if len(planes) != decoded_bytes or width <= 0 or decoded_bytes % width:
         raise ProtocolViolation("A peer sent a compressed tensor of another size than it said.")
-    return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(width, -1).T).tobytes()
+    decoded = bytearray(decoded_bytes)
+    np.frombuffer(decoded, np.uint8).reshape(-1, width)[:] = np.frombuffer(planes, np.uint8).reshape(width, -1).T
+    return decoded
