@@ -203,10 +203,11 @@ class SessionRoute:
         self._around.directory.add(self.session, self)
         self._task = self._around.tasks.create_task(self._run(), name=f"{name} {self.session.hex()[:8]}")
 
-    def submit(self, hidden: Part, position: int, count: int, want: Want) -> None:
-        """Send a window over the route that is open."""
-        self._driver.submit(hidden, position, count, want, self._around.clock.now())
+    def submit(self, hidden: Part, position: int, count: int, want: Want) -> int:
+        """Send a window over the route that is open; returns its turn. The route may be lost before this returns."""
+        turn = self._driver.submit(hidden, position, count, want, self._around.clock.now())
         self._execute()
+        return turn
 
     def leave(self) -> None:
         """Done with this route: plan the next."""
