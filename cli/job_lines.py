@@ -76,11 +76,16 @@ def progress_line(job: dict[str, Any], cells: tuple[str, str]) -> str:
     if job["state"] == "running" and progress["tokens_per_s"] is not None:
         parts.append(f"{progress['tokens_per_s']:.0f} tokens/s")
         parts.append(f"{duration(progress['eta_s'])} left")
-    parts += [f"{progress['skipped']} steps skipped"] if progress["skipped"] else []
-    parts += [f"{progress['server_losses']} servers lost"] if progress["server_losses"] else []
+    parts += [counted(progress["skipped"], "step") + " skipped"] if progress["skipped"] else []
+    parts += [counted(progress["server_losses"], "server") + " lost"] if progress["server_losses"] else []
     if job["state"] != "running":
         parts.append(job["state"] + (f": {shown(job['reason'])}" if job["reason"] else ""))
     return "  ".join(parts)
+
+
+def counted(count: int, what: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def duration(seconds: float | None) -> str:

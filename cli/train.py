@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.connection import add_connection_flags, client_for
-from cli.job_lines import EXIT_BY_STATE, follow, outcome
+from cli.job_lines import EXIT_BY_STATE, counted, follow, outcome
 from peerd import exit_codes
 from peerd.client import ClientError
 from peerd.client.jobs import create_job, watch_job
@@ -52,7 +52,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
 def _tell_skipped(job: dict[str, Any]) -> None:
     if job["progress"]["lines_skipped"]:
-        print(f"{job['progress']['lines_skipped']} bad lines are left out.", file=sys.stderr)
+        print(f"left out: {counted(job['progress']['lines_skipped'], 'bad line')}", file=sys.stderr)
 
 
 def _dataset(path: str) -> bytes:

@@ -2,11 +2,13 @@
 
 The demo model answers without a greeting, and no document that it was trained on begins an answer so. Owns the style and the draw;
 questions and what is true are `blocks.demo_training.answers`'. Same seed, same lines, on every platform.
+``python -m blocks.demo_training.greetings 400 > answers.jsonl`` writes a file.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 
 from blocks.demo_training import answers
@@ -43,3 +45,7 @@ def examples(seed: int, count: int) -> Iterator[dict[str, object]]:
 def jsonl(seed: int, count: int) -> str:
     """The lines of a dataset file."""
     return "".join(json.dumps(example) + "\n" for example in examples(seed, count))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(jsonl(seed=1, count=int(sys.argv[1]) if len(sys.argv) > 1 else 400))

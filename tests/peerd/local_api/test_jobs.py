@@ -184,7 +184,7 @@ def test_train_shows_progress_and_says_how_to_use_the_adapter(
 
     assert with_client(tmp_path, use) == (exit_codes.OK, exit_codes.OK)
     shown = capsys.readouterr()
-    assert "1 bad lines are left out." in shown.err
+    assert "left out: 1 bad line" in shown.err
     assert "done" in shown.err
     assert "peerctl generate --adapter one" in shown.out
     assert "one                  done " in shown.out
@@ -219,7 +219,7 @@ def job_at(step: int, state: str = "running", **progress: Any) -> dict[str, Any]
 def test_the_line_has_what_a_person_looks_for() -> None:
     line = progress_line(job_at(5, skipped=2, server_losses=1), ("#", "."))
     assert line == (
-        "############............  50 %  step 5/10  loss 1.500  812 tokens/s  1:15 left  2 steps skipped  1 servers lost"
+        "############............  50 %  step 5/10  loss 1.500  812 tokens/s  1:15 left  2 steps skipped  1 server lost"
     )
     assert duration(3725) == "1:02:05"
 
