@@ -29,7 +29,8 @@ from peerd.announcer import Announcer
 from peerd.client.tensor_body import Tensor
 from peerd.config import Config
 from peerd.decoding import Decode, DecodeListener, DecodeRequest, DecoderPool
-from peerd.generation import TextModel
+from peerd.generation import Stopping, TextModel
+from peerd.hidden_sessions import HiddenSession, HiddenSessions
 from peerd.local_api.node_view import BlockModel, HopView, ServedModel, ServerView, SessionView, Status, SwarmModel
 from peerd.local_api.server import serving
 from peerd.metrics import Metrics
@@ -45,6 +46,7 @@ from peerd.store import (
 )
 from peerd.swarm import KnownModel, Swarm, UnknownModel
 from peerd.version import VERSION
+from routing.types import Span
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class Node:
         touch = self._models.admission.touch
         self._service = SpanService(self._host, device, self._hops, self._directory, ports.clock, lease_used=touch)
         self._pool: DecoderPool | None = None
+        self.hidden_sessions = HiddenSessions()
 
     # --- life ---
 
@@ -120,6 +123,7 @@ class Node:
                         self._ports.clock, self._ports.randomness, incarnation,
                     )
                 )  # fmt: skip
+                stack.callback(self.hidden_sessions.close_all, _stopping())
                 self._watch()
                 ready(self)
                 await self._live()
@@ -223,6 +227,7 @@ class Node:
         self._models.drain()
         for decode in self._pool.running() if self._pool is not None else ():
             decode.cancel()
+        self.hidden_sessions.close_all(_stopping())
         drain = asyncio.ensure_future(self._service.drain(DRAIN_S))  # noqa: TID251 - awaited two lines down
         now = asyncio.ensure_future(self._stop_now.wait())  # noqa: TID251 - likewise
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
@@ -301,6 +306,14 @@ class Node:
         driver = await self._models.described(known)
         return BlockModel(self._swarm.name_of(model), known.blocks, known.manifest.config, driver)
 
+    def open_session(self, model: BlockModel, span: Span, max_tokens: int, wait_s: float) -> HiddenSession:
+        """See `NodeView.open_session`."""
+        assert self._pool is not None, "a model is only found once the pool is open"
+        if self._draining:
+            raise _stopping()
+        whole = len(span) == model.blocks
+        return self.hidden_sessions.open(self._pool.around, model.driver, None if whole else span, max_tokens, wait_s)
+
     async def outside_tensors(self, name: str | None) -> dict[str, Tensor]:
         """See `NodeView.outside_tensors`."""
         return await self._models.outside(await self._find(name))
@@ -341,3 +354,7 @@ async def _cancel_all(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stopping() -> Stopping:
+    return Stopping("The daemon is stopping; ask another one, or again when it is back.")

@@ -15,6 +15,7 @@ from peerd.client.http import Response, request
 from peerd.client.sse import COMMENT, EventParser
 from peerd.client.tensor_body import BadTensorBody, Tensor, decode, encode
 
+NO_CONTENT = 204
 CALL_TIMEOUT_S = 30.0
 SILENCE_TIMEOUT_S = 60.0
 """The daemon sends at least a comment every ten seconds of a stream."""
@@ -61,13 +62,13 @@ class Client:
     def call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
     ) -> Json:
-        """One request with a JSON object as its answer.
+        """One request with a JSON object as its answer; an answer without content is an empty one.
 
         Raises:
             ApiError: the daemon refused it. Other ClientErrors: it could not be reached or understood.
         """
         with self._checked(method, path, body, timeout_s or self._timeout_s) as response:
-            return _json_object(response.body())
+            return {} if response.status == NO_CONTENT else _json_object(response.body())
 
     def tensors(
         self, path: str, tensors: Mapping[str, Tensor], settings: Mapping[str, str], bytes_max: int = TENSORS_BYTES_MAX

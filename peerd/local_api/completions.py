@@ -80,7 +80,7 @@ class Completions:
 
     async def _handle(self, http: web.Request, *, is_chat: bool) -> web.StreamResponse:
         seed = self._node.randomness.below(1 << SEED_BITS)
-        request = parse_completion(await _json_body(http), is_chat=is_chat, drawn_seed=seed)
+        request = parse_completion(await json_body(http), is_chat=is_chat, drawn_seed=seed)
         if self._stopping:
             raise Stopping("The daemon is stopping; ask another one, or again when it is back.")
         if self._count >= GENERATIONS_MAX:
@@ -210,7 +210,8 @@ class _Seen:
             metrics.replays.labels(model).inc(event.replays)
 
 
-async def _json_body(http: web.Request) -> dict[str, Any]:
+async def json_body(http: web.Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises MalformedJson, RequestTooLarge."""
     if (http.content_length or 0) > BODY_BYTES_MAX:
         raise RequestTooLarge(f"The request is over {BODY_BYTES_MAX >> 20} MiB; send less.")
     raw = await http.read()

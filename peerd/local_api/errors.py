@@ -138,6 +138,7 @@ _TYPES = {400: "invalid_request_error", 403: "permission_error", 429: "rate_limi
 def error_document(error: PeerdError) -> dict[str, Any]:
     """The JSON of an error."""
     status = error.http_status
+    length = getattr(error, "length", None)  # of a session that is shorter than its step says
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {
         "error": {
@@ -146,5 +147,6 @@ def error_document(error: PeerdError) -> dict[str, Any]:
             "param": getattr(error, "param", None),
             "code": error.code,
             "retryable": error.retryable,
+            **({} if length is None else {"length": length}),
         }
     }

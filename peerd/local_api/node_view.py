@@ -12,6 +12,7 @@ from overlay.ports import Randomness, WallClock
 from peerd.client.tensor_body import Tensor
 from peerd.decoding import DriverModel
 from peerd.generation import TextModel
+from peerd.hidden_sessions import HiddenSession, HiddenSessions
 from peerd.metrics import Metrics
 from peerd.training.jobs import Jobs
 from routing.types import Span
@@ -108,6 +109,12 @@ class NodeView(Protocol):
 
     @property
     def jobs(self) -> Jobs: ...
+    @property
+    def hidden_sessions(self) -> HiddenSessions:
+        """Sessions that are fed hidden states."""
+
+    def open_session(self, model: BlockModel, span: Span, max_tokens: int, wait_s: float) -> HiddenSession:
+        """Begin a session of hidden states. Raises SessionsFull."""
 
     def status(self) -> Status: ...
 

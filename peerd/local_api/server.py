@@ -31,7 +31,9 @@ from peerd.local_api.errors import (
 from peerd.local_api.jobs import JobPaths
 from peerd.local_api.limits import BODY_BYTES_MAX, HEADER_LINE_BYTES_MAX, STOP_GRACE_S
 from peerd.local_api.node_view import NodeView
+from peerd.local_api.sessions import SessionPaths
 from peerd.local_api.socket_file import listening_socket, peer_uid
+from peerd.local_api.tensor_bodies import TensorBodies
 from peerd.local_api.tensors import Tensors
 from peerd.metrics import CONTENT_TYPE
 
@@ -70,6 +72,7 @@ async def serving(node: NodeView, socket_path: Path, owner_uid: int | None = Non
             api.completions.cancel_all()
             api.tensors.cancel_all()
             api.jobs.cancel_all()
+            api.sessions.cancel_all()
             await runner.cleanup()
 
 
@@ -99,7 +102,9 @@ class LocalApi:
         self._owner_uid = owner_uid
         self._created = int(node.wall_clock.now_s())
         self.completions = Completions(node)
-        self.tensors = Tensors(node)
+        bodies = TensorBodies()
+        self.tensors = Tensors(node, bodies)
+        self.sessions = SessionPaths(node, bodies)
         self.jobs = JobPaths(node)
 
     def application(self) -> web.Application:
@@ -117,6 +122,7 @@ class LocalApi:
                 web.post("/api/v0/stop", self._stop),
                 *self.tensors.routes(),
                 *self.jobs.routes(),
+                *self.sessions.routes(),
             ]
         )
         return application

@@ -97,11 +97,51 @@ def read_grad(request: TensorRequest, model: DriverModel, shape: tuple[int, ...]
     return _floats(request.tensors["grad"], model.compute_class.dtype, shape, "grad")
 
 
-def _parse(body: bytes | bytearray | memoryview, known: tuple[str, ...]) -> TensorRequest:
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """New hidden states for a session; ``want`` is ``all`` or ``last``."""
+
+    hidden: Tensor
+    position: int
+    want: str
+
+
+def parse_step(body: bytes | bytearray | memoryview) -> StepRequest:
+    """Read the body of ``/api/v0/sessions/ID/step``. Raises InvalidRequest."""
+    tensors, settings = _decoded(body)
+    _check_names(tensors, ("hidden",), "tensor")
+    _check_names(settings, ("position", "want"), "setting")
+    if "hidden" not in tensors:
+        raise InvalidRequest("The tensor hidden is missing.", "hidden")
+    position, want = _count(settings, "position", -1), settings.get("want", "all")
+    if position < 0:
+        raise InvalidRequest("position is missing: the place of the first of the new states.", "position")
+    if want not in ("all", "last"):
+        raise InvalidRequest('want is "all" or "last".', "want")
+    return StepRequest(tensors["hidden"], position, want)
+
+
+def read_states(request: StepRequest, model: DriverModel) -> Part:
+    """The states of a step, (tokens, d_model). Raises InvalidRequest."""
+    tensor = request.hidden
+    if len(tensor.shape) != 3 or tensor.shape[0] != 1 or not tensor.shape[1] or tensor.shape[2] != model.width:
+        raise InvalidRequest(
+            f"hidden has the shape {_shape(tensor)}; a step takes (1, tokens, {model.width}) with at least one token.",
+            "hidden",
+        )
+    part = _floats(tensor, model.compute_class.dtype, tensor.shape, "hidden")
+    return Part(part.name, part.dtype, part.shape[1:], part.data)
+
+
+def _decoded(body: bytes | bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        tensors, settings = decode(body)
+        return decode(body)
     except BadTensorBody as error:
         raise InvalidRequest(f"The request's body is not safetensors: {error}.") from error
+
+
+def _parse(body: bytes | bytearray | memoryview, known: tuple[str, ...]) -> TensorRequest:
+    tensors, settings = _decoded(body)
     _check_names(tensors, known, "tensor")
     _check_names(settings, _SETTINGS, "setting")
     model = settings.get("model", "")
@@ -131,7 +171,7 @@ def _count(settings: Mapping[str, str], name: str, default: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise InvalidRequest(f"{name} must be the number of a block, in decimal digits.", name)
+        raise InvalidRequest(f"{name} must be a whole number, in decimal digits.", name)
     return int(text)
 
 

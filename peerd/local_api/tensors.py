@@ -1,6 +1,6 @@
 """``/api/v0/forward`` and ``/api/v0/backward``: tensors in, tensors out, a model's blocks between (docs/training.md, section 5).
 
-Owns the bounds on bodies, and the shelf of tapes. What a request may say is `tensor_requests`'s; which servers compute it,
+Owns the shelf of tapes. What a request may say is `tensor_requests`'s; which servers compute it,
 `peerd.calls`'. Closing the connection cancels the handler, which cancels the calls.
 """
 
@@ -8,52 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from overlay.errors import PeerdError
-from overlay.rpc.types import Part
-from peerd.client.tensor_body import Tensor, encode
 from peerd.generation import Stopping
 from peerd.local_api.completions import json_response
-from peerd.local_api.errors import BodiesFull, InvalidRequest, RequestTooLarge, TapeGone, TooManyRequests
+from peerd.local_api.errors import TapeGone, TooManyRequests
 from peerd.local_api.limits import (
-    BUSY_RETRY_S,
-    CHECK_INLINE_BYTES,
-    OPEN_RETRY_S,
     TAPE_ID_BYTES,
-    TENSOR_BODIES_BYTES_MAX,
-    TENSOR_BODY_BYTES_MAX,
     TENSOR_REQUESTS_MAX,
 )
-from peerd.local_api.node_view import BlockModel, NodeView
+from peerd.local_api.node_view import NodeView
 from peerd.local_api.tape_shelf import KeptTape, TapeShelf
-from peerd.local_api.tensor_requests import DTYPES, TensorRequest, parse_backward, parse_forward, read_batch, read_grad
+from peerd.local_api.tensor_bodies import TensorBodies, answer_tensors, checked, open_blocks, tensor_of
+from peerd.local_api.tensor_requests import TensorRequest, parse_backward, parse_forward, read_batch, read_grad
 
 if TYPE_CHECKING:
     from peerd.calls.caller import Gradients
 
-CONTENT_TYPE = "application/octet-stream"
-WRITE_BYTES = 1 << 20
-_SAFETENSORS = {name: code for code, name in DTYPES.items()}
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Tensors:
     """The handlers of both paths, the requests under way, and the tapes kept between them."""
 
-    def __init__(self, node: NodeView) -> None:
+    def __init__(self, node: NodeView, bodies: TensorBodies) -> None:
         self._node = node
+        self._bodies = bodies
         self._shelf = TapeShelf()
         self._expiry: asyncio.TimerHandle | None = None
         self._running: dict[int, asyncio.Task[object]] = {}
-        self._bodies_bytes = 0
         self._stopping = asyncio.Event()
 
     def routes(self) -> list[web.RouteDef]:
@@ -90,7 +76,7 @@ class Tensors:
 
     async def outside(self, http: web.Request) -> web.StreamResponse:
         """Embeddings, norm and head."""
-        return await _answer(http, await self._node.outside_tensors(http.match_info["name"]), {})
+        return await answer_tensors(http, await self._node.outside_tensors(http.match_info["name"]), {})
 
     def cancel_all(self) -> None:
         """End every request under way with `Stopping`, refuse new ones, and let go of all tapes."""
@@ -122,18 +108,18 @@ class Tensors:
             del self._running[id(task)]
 
     async def _forward(self, http: web.Request) -> web.StreamResponse:
-        async with self._body(http) as body:
+        async with self._bodies.receive(http) as body:
             request = parse_forward(body)
-            model = await self._opened(request)
-            span, batch = await _checked(len(body), read_batch, request, model)
+            model = await open_blocks(self._node, request.model, request.wait_s)
+            span, batch = await checked(len(body), read_batch, request, model)
             hidden, tape = await self._node.calls.forward(
                 model.driver, span, batch, keep_tape=request.tape is not None, wait_s=request.wait_s
             )
             name = None if tape is None else self._keep(KeptTape(model.driver, span, hidden.shape, tape))
-        return await _answer(http, {"hidden": _tensor(hidden)}, {} if name is None else {"tape": name})
+        return await answer_tensors(http, {"hidden": tensor_of(hidden)}, {} if name is None else {"tape": name})
 
     async def _backward(self, http: web.Request) -> web.StreamResponse:
-        async with self._body(http) as body:
+        async with self._bodies.receive(http) as body:
             request = parse_backward(body)
             if request.tape is not None:
                 with self._shelf.borrow(request.tape, asyncio.get_running_loop().time()) as kept:
@@ -142,56 +128,22 @@ class Tensors:
                     gradients = await self._gradients(request, kept, len(body))
             else:
                 gradients = await self._gradients(request, await self._all_given(request, len(body)), len(body))
-        answer = {"hidden": _tensor(gradients.hidden)}
+        answer = {"hidden": tensor_of(gradients.hidden)}
         if gradients.prompts is not None:
-            answer["prompts"] = _tensor(gradients.prompts)
-        return await _answer(http, answer, {})
+            answer["prompts"] = tensor_of(gradients.prompts)
+        return await answer_tensors(http, answer, {})
 
     async def _gradients(self, request: TensorRequest, kept: KeptTape, size_bytes: int) -> Gradients:
-        grad = await _checked(size_bytes, read_grad, request, kept.model, kept.shape)
+        grad = await checked(size_bytes, read_grad, request, kept.model, kept.shape)
         return await self._node.calls.backward(kept.model, kept.span, kept.tape, grad, wait_s=request.wait_s)
 
     async def _all_given(self, request: TensorRequest, size_bytes: int) -> KeptTape:
         """A tape of what came along with the gradient."""
-        model = await self._opened(request)
-        span, batch = await _checked(size_bytes, read_batch, request, model)
+        model = await open_blocks(self._node, request.model, request.wait_s)
+        span, batch = await checked(size_bytes, read_batch, request, model)
         _, tape = await self._node.calls.forward(model.driver, span, batch, keep_tape=True, wait_s=request.wait_s)
         assert tape is not None
         return KeptTape(model.driver, span, batch.hidden.shape, tape)
-
-    async def _opened(self, request: TensorRequest) -> BlockModel:
-        """The model; waits as long as the request allows where waiting can help (the node still joins, or loads)."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + request.wait_s
-        while True:
-            try:
-                return await self._node.block_model(request.model)
-            except PeerdError as error:
-                if not error.retryable or loop.time() >= deadline:
-                    raise
-            await asyncio.sleep(OPEN_RETRY_S)
-
-    @asynccontextmanager
-    async def _body(self, http: web.Request) -> AsyncIterator[bytearray]:
-        """A request's whole body, counted for as long as the block lasts."""
-        size = http.content_length
-        if size is None:
-            raise InvalidRequest("A request with tensors needs a Content-Length.")
-        if size > TENSOR_BODY_BYTES_MAX:
-            raise RequestTooLarge(
-                f"The request has {size >> 20} MiB and may have {TENSOR_BODY_BYTES_MAX >> 20}; send fewer rows at a time."
-            )
-        if self._bodies_bytes + size > TENSOR_BODIES_BYTES_MAX:
-            raise BodiesFull(
-                f"Tensor requests of {self._bodies_bytes >> 20} MiB are under way, of {TENSOR_BODIES_BYTES_MAX >> 20} that there may be; "
-                "try again when some have ended.",
-                BUSY_RETRY_S,
-            )
-        self._bodies_bytes += size
-        try:
-            yield await _read(http, size)
-        finally:
-            self._bodies_bytes -= size
 
     def _keep(self, kept: KeptTape) -> str | None:
         """A name for a tape; None where it is too large to be kept."""
@@ -213,44 +165,3 @@ class Tensors:
 
 def _stopping() -> Stopping:
     return Stopping("The daemon is stopping; ask another one, or again when it is back.")
-
-
-async def _checked(
-    size_bytes: int, work: Callable[Parameters, Result], *arguments: Parameters.args, **options: Parameters.kwargs
-) -> Result:
-    """Check a body, off the loop when it is large."""
-    if size_bytes <= CHECK_INLINE_BYTES:
-        return work(*arguments, **options)
-    return await asyncio.to_thread(work, *arguments, **options)
-
-
-async def _read(http: web.Request, size: int) -> bytearray:
-    body = bytearray(size)
-    filled = 0
-    async for piece in http.content.iter_any():
-        if filled + len(piece) > size:
-            break
-        body[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    if filled != size:
-        raise InvalidRequest("The request's body is not as long as its Content-Length says.")
-    return body
-
-
-def _tensor(part: Part) -> Tensor:
-    return Tensor(_SAFETENSORS[part.dtype], part.shape, part.data)
-
-
-async def _answer(http: web.Request, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> web.StreamResponse:
-    pieces = encode(tensors, metadata)
-    size = sum(map(len, pieces))
-    if size <= WRITE_BYTES:
-        return web.Response(body=b"".join(pieces), content_type=CONTENT_TYPE)
-    response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE, "Content-Length": str(size)})
-    await response.prepare(http)
-    for piece in pieces:
-        view = memoryview(piece)
-        for start in range(0, len(view), WRITE_BYTES):
-            await response.write(view[start : start + WRITE_BYTES])
-    await response.write_eof()
-    return response

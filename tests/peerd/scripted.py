@@ -18,6 +18,7 @@ from blocks.text import TextCodec
 from overlay.errors import Blame, PeerdError
 from peerd.decoding import DecodeListener, DecodeRequest
 from peerd.generation import TextModel
+from peerd.hidden_sessions import HiddenSessions
 from peerd.local_api.node_view import HopView, ServedModel, ServerView, SessionView, Status, SwarmModel
 from peerd.local_api.server import serving
 from peerd.metrics import Metrics
@@ -159,6 +160,7 @@ class ScriptedNode:
     pending_opens: int = 0
 
     def __post_init__(self) -> None:
+        self.hidden_sessions = HiddenSessions()
         self.metrics = Metrics("0.0-test", "12D3KooWtest")
         self.wall_clock = SystemWallClock()
         self.randomness = SystemRandomness()

@@ -209,9 +209,9 @@ BAD: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
     ({"hiden": f32(HIDDEN)}, {}, "did you mean hidden"),
     ({"hidden": f32(HIDDEN), "grad": f32(HIDDEN)}, {}, "no tensor 'grad' here"),
     ({"hidden": f32(HIDDEN)}, {"strat": "1"}, "did you mean start"),
-    ({"hidden": f32(HIDDEN)}, {"start": "-1"}, "start must be the number of a block"),
-    ({"hidden": f32(HIDDEN)}, {"end": "two"}, "end must be the number of a block"),
-    ({"hidden": f32(HIDDEN)}, {"end": "9" * 5000}, "end must be the number of a block"),
+    ({"hidden": f32(HIDDEN)}, {"start": "-1"}, "start must be a whole number"),
+    ({"hidden": f32(HIDDEN)}, {"end": "two"}, "end must be a whole number"),
+    ({"hidden": f32(HIDDEN)}, {"end": "9" * 5000}, "end must be a whole number"),
     ({"hidden": f32(HIDDEN)}, {"start": "2", "end": "2"}, "2:2 is no span of demo, which has blocks 0:6"),
     ({"hidden": f32(HIDDEN)}, {"start": "3", "end": "2"}, "3:2 is no span"),
     ({"hidden": f32(HIDDEN)}, {"end": "7"}, "0:7 is no span"),
@@ -339,7 +339,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Client) -> N
 def test_bodies_under_way_are_bounded_together(
     client: Client, node: TensorNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerd.local_api.tensors.TENSOR_BODIES_BYTES_MAX", 100)
+    monkeypatch.setattr("peerd.local_api.tensor_bodies.TENSOR_BODIES_BYTES_MAX", 100)
     answer = raw(client, "Content-Length: 101", bytes(101))
     assert b" 503 " in answer.splitlines()[0]
     assert b"Retry-After: 1" in answer
