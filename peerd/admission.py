@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from blocks.engine.kv_budget import KvBudget
 from blocks.protocol.admission import Grant, Wish
+from blocks.protocol.call_errors import CallFault
+from blocks.protocol.calls import Offer
 from blocks.protocol.device import Device, JobResult, LeaseKey, ReleaseJob
 from blocks.protocol.session_errors import SessionFault
 from overlay.errors import PeerdError
@@ -33,6 +35,7 @@ class _Offer:
     span: Span
     width: int
     token_bytes: int
+    max_positions: int
 
 
 class KvAdmission:
@@ -46,10 +49,27 @@ class KvAdmission:
         self.hops: Hops | None = None
 
     def serve(
-        self, model: ModelId, compute_class: ComputeClass, key: str, span: Span, width: int, token_bytes: int
+        self,
+        model: ModelId,
+        compute_class: ComputeClass,
+        key: str,
+        span: Span,
+        width: int,
+        token_bytes: int,
+        max_positions: int,
     ) -> None:
-        """Take sessions for ``span`` of a model from now on; ``token_bytes`` of KV for each of their tokens."""
-        self._offers[model, str(compute_class)] = _Offer(key, span, width, token_bytes)
+        """Take sessions and calls for ``span`` of a model from now on; ``token_bytes`` of KV for each of a session's tokens."""
+        self._offers[model, str(compute_class)] = _Offer(key, span, width, token_bytes, max_positions)
+
+    def offer(self, model: ModelId, compute_class: str) -> Offer:
+        """What tensor calls may ask for. Raises CallFault."""
+        found = self._offers.get((model, compute_class))
+        if found is None:
+            if any(known == model for known, _ in self._offers):
+                raise CallFault("wrong-class", "This server runs the model in another compute class.")
+            raise CallFault("not-served", "This server does not serve that model.")
+        dtype = ComputeClass.parse(compute_class).dtype
+        return Offer(found.key, found.span, found.width, dtype, found.max_positions)
 
     def admit(self, lease: LeaseKey, wish: Wish) -> Grant | PeerdError:
         """See `Admission.admit`."""

@@ -206,11 +206,17 @@ class ModelHost:
         manifest = await self._told(served, self._slowly(self._make_manifest, source, span, compute_class))
         self._shelf.add(source, manifest)
         self._announcer.announce_manifest(manifest)
-        await self._load(served, span, compute_class)
+        max_positions = await self._load(served, span, compute_class)
         step_s, prefill_s = await self._measure(served, compute_class)
         token_bytes = kv_values_of(source.config) * DTYPE_BYTES[compute_class.dtype] * len(span)
         self.admission.serve(
-            model, compute_class, model_key(model, compute_class), span, self._width(source), token_bytes
+            model,
+            compute_class,
+            model_key(model, compute_class),
+            span,
+            self._width(source),
+            token_bytes,
+            max_positions,
         )
         self.admission.budget.resize(self.admission.budget.total_bytes + sizing.kv_bytes)
         served.record = replace(
@@ -276,14 +282,15 @@ class ModelHost:
         await self._swarm.refresh()
         return settle_claim(self._swarm.view(model), before, self._host.peer_id.multihash, blocks, compute_class)
 
-    async def _load(self, served: Served, span: Span, compute_class: ComputeClass) -> None:
+    async def _load(self, served: Served, span: Span, compute_class: ComputeClass) -> int:
+        """Load the span onto the device; returns the longest context that it runs."""
         source = served.source
         key = model_key(served.model, compute_class)
 
         def progress(done: int, total: int) -> None:
             served.progress = 0.5 + 0.4 * done / max(1, total)
 
-        def load() -> Callable[[Any], None]:
+        def load() -> tuple[Callable[[Any], None], int]:
             from blocks.model.span import load_span
             from blocks.model.split_test import require_exact
 
@@ -298,10 +305,11 @@ class ModelHost:
                 progress=progress,
             )
             loaded.prepare_steps()
-            return lambda runner: runner.install_span(key, loaded)
+            return (lambda runner: runner.install_span(key, loaded)), loaded.max_positions
 
-        install = await self._told(served, self._slowly(load))
+        install, max_positions = await self._told(served, self._slowly(load))
         await self._device.call(install)
+        return max_positions
 
     def _make_manifest(self, source: ModelSource, span: Span, compute_class: ComputeClass) -> Manifest:
         """Fetches what is not here yet (a hub's shards), since the manifest covers the tensors outside the blocks."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+from blocks.call_service import CallService
 from blocks.engine.thread import DeviceThread
 from blocks.protocol.hops import Hops, HopSettings
 from blocks.service import SpanService
@@ -26,6 +27,7 @@ from overlay.multiaddr import Multiaddr
 from overlay.ports import Ports, Randomness, WallClock
 from overlay.transport.tcp import ListenError
 from peerd.announcer import Announcer
+from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
 from peerd.config import Config
 from peerd.decoding import Decode, DecodeListener, DecodeRequest, DecoderPool
@@ -100,6 +102,8 @@ class Node:
         self._directory = SessionDirectory()
         touch = self._models.admission.touch
         self._service = SpanService(self._host, device, self._hops, self._directory, ports.clock, lease_used=touch)
+        self._call_service = CallService(self._host, device, self._models.admission.offer, ports.clock)
+        self.calls = BatchCaller(self._host, self._call_service, self._swarm, ports.clock, ports.randomness)
         self._pool: DecoderPool | None = None
         self.hidden_sessions = HiddenSessions()
 
@@ -225,6 +229,7 @@ class Node:
         self._draining = True
         self._save_peers()
         self._models.drain()
+        self._call_service.draining = True
         for decode in self._pool.running() if self._pool is not None else ():
             decode.cancel()
         self.hidden_sessions.close_all(_stopping())

@@ -16,7 +16,7 @@ from overlay.errors import LimitExceeded, PeerdError, ProtocolViolation, StreamC
 from overlay.identity import Identity
 from overlay.rpc import limits
 from overlay.rpc.codec import Codec, choose_codec
-from overlay.rpc.frame import FrameDecoder, encode_frame, encode_header
+from overlay.rpc.frame import Admit, FrameDecoder, encode_frame, encode_header
 from overlay.rpc.signing import is_authentic, sign
 from overlay.rpc.types import Message, Part
 from overlay.stream import Stream
@@ -45,7 +45,8 @@ class ChannelStatistics:
 class MessageChannel:
     """See the module. With ``verify_first`` False a message is handed over before its signature was checked.
 
-    The receiver must then call `verify` before anything that the message led to leaves the node.
+    The receiver must then call `verify` before anything that the message led to leaves the node. ``admit`` is asked about a message
+    when its header is there, before its parts are; see `overlay.rpc.frame.Admit`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class MessageChannel:
         verify_first: bool = True,
         allow_foreign_sender: bool = False,
         message_bytes_max: int = limits.MESSAGE_BYTES_MAX,
+        admit: Admit | None = None,
     ) -> None:
         self.stream = stream
         self.remote_peer = stream.remote_peer.multihash
@@ -64,7 +66,7 @@ class MessageChannel:
         self._local_peer = identity.peer_id.multihash
         self._verify_first = verify_first
         self._allow_foreign_sender = allow_foreign_sender
-        self._decoder = FrameDecoder(message_bytes_max=message_bytes_max)
+        self._decoder = FrameDecoder(message_bytes_max=message_bytes_max, admit=admit)
         self._send_sequence = 0
         self._receive_sequence = 0
         self._receiver: ChannelReceiver | None = None

@@ -85,14 +85,27 @@ class _State(Enum):
     HEADER = auto()
     PART = auto()
     FAILED = auto()
+    REFUSED = auto()
+
+
+Admit = Callable[[Mapping[str, Any], int], bool]
+"""Asked with a message's header and the decoded bytes of its parts, before the first of them is read: is it wanted?"""
 
 
 class FrameDecoder:
-    """Bytes in any cut to frames. After a ProtocolViolation every further feed raises it again."""
+    """Bytes in any cut to frames. After a ProtocolViolation every further feed raises it again.
+
+    A message that ``admit`` doesn't want, and all that comes after it, is dropped unread.
+    """
 
     def __init__(
-        self, *, message_bytes_max: int = limits.MESSAGE_BYTES_MAX, understood: frozenset[str] = frozenset()
+        self,
+        *,
+        message_bytes_max: int = limits.MESSAGE_BYTES_MAX,
+        understood: frozenset[str] = frozenset(),
+        admit: Admit | None = None,
     ) -> None:
+        self._admit = admit
         self._message_bytes_max = message_bytes_max
         self._understood = UNDERSTOOD | understood
         self._state = _State.PREFIX
@@ -123,7 +136,7 @@ class FrameDecoder:
         frames: list[Frame] = []
         offset, end = 0, len(data)
         try:
-            while offset < end or not self._want:
+            while (offset < end or not self._want) and self._state is not _State.REFUSED:
                 if self._body is not None:
                     offset += self._fill_body(data[offset:])
                     if self._body_filled == self._want:
@@ -219,6 +232,9 @@ class FrameDecoder:
         if not isinstance(critical, list) or any(name not in self._understood for name in critical):
             raise ProtocolViolation("A peer needs a feature that this version doesn't have; upgrade peerd.")
         self._described = _describe(self._fields.get("p", []), [decoded for _, _, decoded in self._entries])
+        if self._admit is not None and not self._admit(self._fields, sum(decoded for _, _, decoded in self._entries)):
+            self._state = _State.REFUSED
+            return
         self._state = _State.PART
         self._next_part()
 

@@ -1,0 +1,122 @@
+"""One tensor call to one server: a stream, a signed request, signs of life, a signed answer.
+
+The driver's side of docs/training.md, section 2. Reads while it writes, so that an early refusal is heard; tells a server that is slow, or
+has others before us, from one that is lost. Knows nothing of micro-batches or of other servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from blocks.call_service import TENSORS_PROTOCOL, fault_of_error
+from blocks.protocol import calls
+from blocks.protocol.call_errors import CallFault
+from blocks.protocol.calls import CallRequest
+from overlay.errors import PeerdError, ProtocolViolation
+from overlay.host import Host
+from overlay.identity import PeerId
+from overlay.multiaddr import Multiaddr
+from overlay.rpc.channel import MessageChannel
+from overlay.rpc.limits import HEADER_BYTES_MAX, NONCE_BYTES
+from overlay.rpc.types import Message
+from overlay.stream import Priority, Stream
+
+OPEN_TIMEOUT_S = 8.0
+CALL_SILENCE_S = 5.0
+FIRST_WORD_S = 15.0
+CALL_STALL_S = 60.0
+UPLOAD_BYTES_PER_S = 32 << 10
+LOOK_S = 0.5
+
+
+class _Ears:
+    """What the server says on one stream."""
+
+    def __init__(self, call: bytes, nonce: bytes, now: float) -> None:
+        self._call = call
+        self._nonce = nonce
+        self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self.heard = False
+        self.heard_at = now
+        self.moved_at = now
+        self.done = 0
+
+    def message_received(self, message: Message) -> None:
+        now = asyncio.get_running_loop().time()
+        self.heard, self.heard_at = True, now
+        if self.answer.done():
+            raise ProtocolViolation("A server answered a call twice.")
+        if message.header.get("nonce") != self._nonce or message.header.get("call") != self._call:
+            self._fail(ProtocolViolation("A server answered another call than it was asked."))
+        elif message.kind == calls.PROGRESS:
+            done = message.header.get("done")
+            if done != self.done or not done:  # a call that waits its turn is not lost
+                self.moved_at = now
+            self.done = done if isinstance(done, int) else 0
+        elif message.kind == calls.ERROR:
+            self._fail(fault_of_error(message))
+        else:
+            self.answer.set_result(message)
+
+    def channel_lost(self, error: PeerdError | None) -> None:
+        self._fail(error or CallFault("failed", "The server ended the call without an answer."))
+
+    def _fail(self, error: PeerdError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+    def overdue(self, now: float, queued_bytes: int) -> CallFault | None:
+        """Whether the server is lost, by what it said."""
+        if not self.heard:
+            if now - self.heard_at > FIRST_WORD_S + queued_bytes / UPLOAD_BYTES_PER_S:
+                return CallFault("silent", "The server didn't take the call.")
+        elif now - self.heard_at > CALL_SILENCE_S:
+            return CallFault("silent", "The server fell silent in the middle of a call.")
+        elif now - self.moved_at > CALL_STALL_S:
+            return CallFault("stalled", "The server stands still in the middle of a call.")
+        return None
+
+
+async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request: CallRequest) -> Message:
+    """One call. Raises CallFault, ProtocolViolation or the overlay's errors. Cancel-safe: the stream is reset."""
+    stream: Stream = await host.open_stream(
+        PeerId.from_bytes(peer),
+        TENSORS_PROTOCOL,
+        addresses=[Multiaddr.parse(address) for address in addresses],
+        priority=Priority.BULK,
+        timeout_s=OPEN_TIMEOUT_S,
+    )
+    loop = asyncio.get_running_loop()
+    nonce = host.ports.randomness.token(NONCE_BYTES)
+    ears = _Ears(request.call, nonce, loop.time())
+    channel = MessageChannel(stream, host.identity, message_bytes_max=calls.CALL_BYTES_MAX + HEADER_BYTES_MAX)
+    channel.set_receiver(ears)
+    message = request.to_message()
+    try:
+        try:
+            channel.send(replace(message, header={**message.header, "nonce": nonce}), end=True)
+        except PeerdError:
+            if not ears.answer.done():  # what came before the write failed is the better word
+                raise
+        answer = await _answer(ears, stream)
+        fault = calls.fault_of_answer(request, request.digest(), answer)
+        if fault is not None:
+            raise ProtocolViolation(f"A server answered a call with {fault}.")
+        channel.close()
+        return answer
+    finally:
+        if ears.answer.cancelled() or not ears.answer.done() or ears.answer.exception() is not None:
+            channel.reset("given-up")
+
+
+async def _answer(ears: _Ears, stream: Stream) -> Message:
+    loop = asyncio.get_running_loop()
+    while True:
+        done, _ = await asyncio.wait((ears.answer,), timeout=LOOK_S)
+        if done:
+            return ears.answer.result()
+        fault = ears.overdue(loop.time(), stream.outgoing_bytes)
+        if fault is not None:
+            raise fault
