@@ -11,6 +11,7 @@ from typing import Any
 
 from cli.connection import add_connection_flags, client_for
 from cli.job_lines import EXIT_BY_STATE, counted, follow, outcome
+from cli.terminal import shown
 from peerd import exit_codes
 from peerd.client import ClientError
 from peerd.client.jobs import create_job, watch_job
@@ -35,7 +36,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     settings: dict[str, Any] = {name: value for name in SETTINGS if (value := getattr(flags, name)) is not None}
     settings["skip_bad"] = flags.skip_bad
     job = create_job(client, settings, _dataset(flags.data))
-    _tell_skipped(job)
+    _tell(job)
     if not flags.detach:
         ended = follow(watch_job(client, job["name"]), job["name"], quiet=flags.json)
         if ended is None:
@@ -50,7 +51,10 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     return EXIT_BY_STATE.get(job["state"], exit_codes.OK)
 
 
-def _tell_skipped(job: dict[str, Any]) -> None:
+def _tell(job: dict[str, Any]) -> None:
+    """What a person should know before the first step."""
+    if job.get("warning"):
+        print(shown(job["warning"]), file=sys.stderr)
     if job["progress"]["lines_skipped"]:
         print(f"left out: {counted(job['progress']['lines_skipped'], 'bad line')}", file=sys.stderr)
 

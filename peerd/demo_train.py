@@ -25,7 +25,7 @@ SETTINGS = {
     "method": "prompt",
     "length": 16,
     "lr": 0.1,
-    "epochs": 5,
+    "epochs": 8,
     "batch": 8,
     "micro_batch": 256,
     "seed": 1,

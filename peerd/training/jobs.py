@@ -24,6 +24,11 @@ from peerd.training.settings import JobSettings
 
 log = logging.getLogger(__name__)
 
+HALF = (
+    "The model is served in float16, where gradients inside the blocks may vanish: look whether the loss falls, and prefer servers "
+    "with --dtype bfloat16 or float32."
+)
+
 
 class Job:
     """One job as this process knows it. `document` is what people see."""
@@ -43,7 +48,8 @@ class Job:
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
         record = self.record
-        shown = record.result if record.state.is_final and record.result else self.progress.document()
+        # After a restart the progress is empty until the job's turn comes: then what was last known is shown.
+        known = record.result and (record.state.is_final or not self.progress.steps)
         return {
             "name": self.name,
             "state": record.state.value,
@@ -51,7 +57,8 @@ class Job:
             "model_id": record.model,
             "created": int(record.created_s),
             "settings": record.settings.document(),
-            "progress": shown,
+            "progress": record.result if known else self.progress.document(),
+            "warning": HALF if "/float16/" in record.compute_class else "",
         }
 
     def entered(self, state: JobState, reason: str = "") -> Record:
@@ -207,6 +214,7 @@ class Jobs:
         job = Job(record, JobDirectory(self._directory, settings.name))
         job.progress.steps, job.progress.examples = steps, len(read.examples)
         job.progress.lines_skipped = read.skipped_count
+        record.result = job.progress.document()
         job.directory.create(record, dataset)
         self._jobs[job.name] = job
         self._wake.set()

@@ -91,6 +91,11 @@ def test_a_job_that_lost_its_process_at_any_step_ends_as_if_it_had_not(tmp_path:
     assert losses(tmp_path / "lost") == losses(tmp_path / "undisturbed")
 
 
+def test_a_job_on_float16_warns_that_gradients_may_vanish(tmp_path: Path) -> None:
+    assert "float16" in whole_run(tmp_path / "half", Workbench(dtype="float16"))["warning"]
+    assert whole_run(tmp_path / "whole", Workbench())["warning"] == ""
+
+
 def test_another_seed_trains_another_curve(tmp_path: Path) -> None:
     for seed in (1, 2):
         whole_run(tmp_path / str(seed), Workbench(), seed=seed)

@@ -70,6 +70,7 @@ class Workbench:
     before_step: Callable[[int], Any] = lambda step: None
     gradient: Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda step, vector: vector
     model_id: bytes = b"\x01" * 32
+    dtype: str = "float32"
     clock: Clock = field(default_factory=Clock)
     adapters: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     steps: list[tuple[str, int]] = field(default_factory=list)
@@ -78,7 +79,7 @@ class Workbench:
     async def open_trained(self, name: str | None) -> TrainedModel:
         if self.missing is not None:
             raise self.missing
-        driver = DriverModel("key", self.model_id, ComputeClass("none", "float32"), 4, 64)
+        driver = DriverModel("key", self.model_id, ComputeClass("none", self.dtype), 4, 64)
         return TrainedModel(name or "demo", driver, CODEC, 3, 4)
 
     async def make_learner(self, settings: JobSettings, initial: Mapping[str, Part], state: bytes | None) -> Learner:
