@@ -57,6 +57,11 @@ BY_ERROR_CODE = {
     "job-state": 73,
     "bad-checkpoint": 74,
     "diverged": 75,
+    "bad-adapter": 80,
+    "wrong-adapter": 81,
+    "unknown-adapter": 82,
+    "adapter-exists": 83,
+    "adapter-not-saved": 84,
 }
 """Errors that a person can meet and act on, each by its own number."""
 

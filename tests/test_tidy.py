@@ -32,6 +32,8 @@ PURE = (
     "routing",
     "blocks/protocol",
     "blocks/engine/kv_budget.py",
+    "peerd/adapters/adapter.py",
+    "peerd/adapters/directory.py",
     "peerd/training/settings.py",
     "peerd/training/dataset.py",
     "peerd/training/batches.py",

@@ -10,7 +10,9 @@ import pytest
 import blocks.model.errors
 import overlay.errors
 import overlay.transport.tcp
+import peerd.adapters.errors
 import peerd.generation
+import peerd.hidden_sessions
 import peerd.local_api.errors
 import peerd.store
 import peerd.training.errors
@@ -22,7 +24,7 @@ from peerd.exit_codes import BY_ERROR_CODE, exit_code_of
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 MODULES = (
     blocks.model.errors, overlay.errors, overlay.transport.tcp, peerd.generation, peerd.local_api.errors, peerd.store,
-    routing.errors, peerd.training.errors,
+    routing.errors, peerd.training.errors, peerd.adapters.errors, peerd.hidden_sessions,
 )  # fmt: skip
 
 
