@@ -20,7 +20,8 @@ from typing import Any, Protocol, TypeVar
 from overlay.errors import PeerdError
 from overlay.ports import Clock
 from overlay.rpc.types import Part
-from peerd.decoding import DriverModel
+from peerd.adapters.adapter import ModelShape
+from peerd.driving import DriverModel
 from peerd.training import limits
 from peerd.training.batches import Plan, initial_values, make_plan
 from peerd.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -39,15 +40,17 @@ Result = TypeVar("Result")
 class TrainedModel:
     """A model that a job can train for: what a driver knows of it, its tokenizer and its shape."""
 
-    name: str
+    shape: ModelShape
     driver: DriverModel
     codec: Codec
-    blocks: int
-    embedding_width: int
+
+    @property
+    def name(self) -> str:
+        return self.shape.name
 
     @property
     def model_id(self) -> str:
-        return self.driver.model.hex()
+        return self.shape.model_id
 
 
 class KeptLearner(Learner, Protocol):
@@ -75,7 +78,9 @@ class Workshop(Protocol):
         """How many servers calls of this node have lost so far."""
 
     def has_adapter(self, name: str) -> bool: ...
-    async def keep_adapter(self, model: TrainedModel, settings: JobSettings, values: Mapping[str, Part]) -> None:
+    async def keep_adapter(
+        self, model: TrainedModel, settings: JobSettings, values: Mapping[str, Part], progress: Progress
+    ) -> None:
         """Make the adapter, in place of one that this very job made before."""
 
 
@@ -143,9 +148,9 @@ def read_for(model: TrainedModel, settings: JobSettings, created_s: float, data:
 
 def initial_of(settings: JobSettings, model: TrainedModel) -> dict[str, Part]:
     """The values that training starts from: a small random prefix; nothing yet before the blocks."""
-    values = {PREFIX: initial_values(settings.seed, settings.length, model.embedding_width)}
+    values = {PREFIX: initial_values(settings.seed, settings.length, model.shape.embedding_width)}
     if settings.method == DEEP_PROMPT:
-        shape = (model.blocks, settings.length, model.driver.width)
+        shape = (model.shape.blocks, settings.length, model.driver.width)
         values[PROMPTS] = Part(PROMPTS, "float32", shape, bytes(4 * math.prod(shape)))
     return values
 
@@ -185,7 +190,7 @@ class Run:
             self._told.changed()
         await self._train(trainer, learner, plan)
         progress.eval_after = await self._patiently(functools.partial(trainer.evaluate, learner))
-        await self._workshop.keep_adapter(model, settings, await learner.values())
+        await self._workshop.keep_adapter(model, settings, await learner.values(), progress)
 
     def _check_same(self, model: TrainedModel, data: bytes) -> None:
         """Another model, class or dataset trains another curve."""

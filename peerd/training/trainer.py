@@ -24,7 +24,7 @@ from blocks.protocol.device import (
 )
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
-from peerd.decoding import DriverModel
+from peerd.driving import DriverModel
 from peerd.training import limits
 from peerd.training.batches import MicroBatch, Plan, cut, pack
 from peerd.training.dataset import Example

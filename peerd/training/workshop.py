@@ -5,25 +5,33 @@ Owns the hand-over to the device's thread, where the optimizer lives. Decides no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blocks.engine.thread import DeviceThread
 from overlay.ports import Clock
 from overlay.rpc.types import Part
+from peerd.adapters.store import AdapterStore
 from peerd.training.batches import Plan
 from peerd.training.dataset import Dataset
 from peerd.training.errors import BadCheckpoint
-from peerd.training.run import TrainedModel
+from peerd.training.run import Progress, TrainedModel
 from peerd.training.settings import JobSettings
-from peerd.training.trainer import Blocks, Trainer
+from peerd.training.trainer import PREFIX, PROMPTS, Blocks, Trainer
 
 if TYPE_CHECKING:
     from blocks.engine.trainable import Trainable
 
 OpenTrained = Callable[[str | None], Awaitable[TrainedModel]]
-KeepAdapter = Callable[[TrainedModel, JobSettings, Mapping[str, Part]], Awaitable[None]]
+
+
+class CountedBlocks(Blocks, Protocol):
+    """`peerd.calls.caller.BatchCaller`."""
+
+    @property
+    def servers_lost(self) -> int: ...
 
 
 class DeviceLearner:
@@ -55,11 +63,30 @@ class NodeWorkshop:
 
     clock: Clock
     device: DeviceThread
-    blocks: Blocks
+    blocks: CountedBlocks
     open_trained: OpenTrained
-    servers_lost: Callable[[], int]
-    has_adapter: Callable[[str], bool]
-    keep_adapter: KeepAdapter
+    adapters: AdapterStore
+
+    def servers_lost(self) -> int:
+        """Of this node's calls, so far."""
+        return self.blocks.servers_lost
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether the name is taken."""
+        return self.adapters.has(name)
+
+    async def keep_adapter(
+        self, model: TrainedModel, settings: JobSettings, values: Mapping[str, Part], progress: Progress
+    ) -> None:
+        """In place of one of its name: a job that ended but could not note it makes it again. Raises AdapterNotSaved."""
+        name, shape, prefix = settings.name, model.shape, values[PREFIX]
+        trained = {"settings": settings.document(), "progress": progress.document()}
+        if PROMPTS in values:
+            await asyncio.to_thread(
+                self.adapters.save_deep_prompt, name, shape, prefix, values[PROMPTS], trained, replace=True
+            )
+        else:
+            await asyncio.to_thread(self.adapters.save_prompt, name, shape, prefix, trained, replace=True)
 
     async def make_learner(
         self, settings: JobSettings, initial: Mapping[str, Part], state: bytes | None
@@ -85,7 +112,7 @@ class NodeWorkshop:
             self.device,
             self.blocks,
             model.driver,
-            model.blocks,
+            model.shape.blocks,
             dataset.examples,
             plan,
             prefix_length=settings.length,

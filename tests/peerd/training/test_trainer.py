@@ -21,7 +21,7 @@ from blocks.model.span import load_span
 from blocks.protocol.device import BackwardJob, Batch, ForwardJob, Job, JobResult
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
-from peerd.decoding import DriverModel
+from peerd.driving import DriverModel
 from peerd.training.batches import initial_values, make_plan
 from peerd.training.dataset import IGNORED, Example
 from peerd.training.gradients import widened

@@ -14,10 +14,11 @@ from blocks.demo import MODEL_DIRECTORY
 from blocks.text import TextCodec
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
-from peerd.decoding import DriverModel
+from peerd.adapters.adapter import ModelShape
+from peerd.driving import DriverModel
 from peerd.training.batches import Plan
 from peerd.training.dataset import Dataset
-from peerd.training.run import TrainedModel
+from peerd.training.run import Progress, TrainedModel
 from peerd.training.settings import JobSettings
 from peerd.training.trainer import PREFIX, StepReport
 from routing.types import ComputeClass
@@ -80,7 +81,8 @@ class Workbench:
         if self.missing is not None:
             raise self.missing
         driver = DriverModel("key", self.model_id, ComputeClass("none", self.dtype), 4, 64)
-        return TrainedModel(name or "demo", driver, CODEC, 3, 4)
+        shape = ModelShape(name or "demo", self.model_id.hex(), str(driver.compute_class), 3, 4, 4, 2, 64)
+        return TrainedModel(shape, driver, CODEC)
 
     async def make_learner(self, settings: JobSettings, initial: Mapping[str, Part], state: bytes | None) -> Learner:
         return Learner(bytes(initial[PREFIX].data) if state is None else state)
@@ -94,7 +96,9 @@ class Workbench:
     def has_adapter(self, name: str) -> bool:
         return name in self.adapters
 
-    async def keep_adapter(self, model: TrainedModel, settings: JobSettings, values: Mapping[str, Part]) -> None:
+    async def keep_adapter(
+        self, model: TrainedModel, settings: JobSettings, values: Mapping[str, Part], progress: Progress
+    ) -> None:
         self.adapters[settings.name] = np.frombuffer(values[PREFIX].data, np.float32)
 
 
