@@ -19,7 +19,6 @@ from blocks.protocol.call_errors import CallFault
 from blocks.protocol.device import Batch
 from blocks.protocol.fields import read_bytes, read_integer, read_list, read_text
 from blocks.protocol.session_errors import BadMessage
-from overlay.rpc.signing import digest_of
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
 from routing.types import ModelId, Span
 
@@ -76,7 +75,10 @@ class CallRequest:
         """What was asked, whatever the id of the call."""
         described = [[part.name, part.dtype, list(part.shape)] for part in self.parts]
         asked = [self.kind, self.model, self.compute_class, self.span.start, self.span.end, described]
-        packed: bytes = msgpack.packb([*asked, digest_of(self.parts)])
+        content = hashlib.sha256()
+        for part in self.parts:
+            content.update(part.data)
+        packed: bytes = msgpack.packb([*asked, content.digest()])
         return hashlib.sha256(packed).digest()
 
     def to_message(self) -> Message:
