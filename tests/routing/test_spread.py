@@ -1,0 +1,50 @@
+"""Shares of work: in proportion to measured speed, newcomers soon but not flooded."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routing.spread import Spread
+from tests.routing.servers import server
+
+
+def test_work_is_shared_in_proportion_to_announced_speed() -> None:
+    servers = [server("fast", "0:4", step_s=0.001), server("slow", "0:4", step_s=0.003)]
+    spread = Spread()
+    got = Counter(spread.choose(servers, 0, 4, 16).peer for _ in range(400))
+    assert abs(got[servers[0].peer] - 300) <= 2
+
+
+def test_what_was_measured_counts_more_than_what_was_announced() -> None:
+    liar, honest = server("liar", "0:4", step_s=0.0001), server("honest", "0:4", step_s=0.001)
+    spread = Spread()
+    for _ in range(40):
+        spread.took(liar, 16, 4, 16 * 4 * 0.01)
+        spread.took(honest, 16, 4, 16 * 4 * 0.001)
+    got = Counter(spread.choose([liar, honest], 0, 4, 16).peer for _ in range(110))
+    assert abs(got[honest.peer] - 100) <= 2
+
+
+def test_a_newcomer_enters_at_the_least_of_the_others() -> None:
+    old, new = server("old", "0:4", step_s=0.001), server("new", "0:4", step_s=0.001)
+    spread = Spread()
+    for _ in range(100):
+        spread.choose([old], 0, 4, 16)
+    got = Counter(spread.choose([old, new], 0, 4, 16).peer for _ in range(20))
+    assert got == {old.peer: 10, new.peer: 10}
+
+
+def test_of_equals_the_one_that_goes_further_is_taken() -> None:
+    short, long = server("a", "0:2", step_s=0.001), server("b", "0:4", step_s=0.001)
+    assert Spread().choose([short, long], 0, 4, 16) is long
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 200))
+def test_nobody_waits_for_ever(speeds: list[int], rounds: int) -> None:
+    servers = [server(f"s{index}", "0:4", step_s=0.001 * speed) for index, speed in enumerate(speeds)]
+    spread = Spread()
+    got = Counter(spread.choose(servers, 0, 4, 16).peer for _ in range(rounds * len(servers) * 9))
+    assert all(got[found.peer] >= rounds for found in servers)
