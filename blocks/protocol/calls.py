@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -57,10 +57,12 @@ class CallRequest:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """In the order in which they travel."""
+        """In the order in which they travel, each under the name of what it is here."""
         batch = self.batch
-        found = (batch.hidden, batch.mask, batch.positions, batch.prompts, self.grad)
-        return tuple(part for part in found if part is not None)
+        found = zip(_PARTS, (batch.hidden, batch.mask, batch.positions, batch.prompts, self.grad), strict=True)
+        return tuple(
+            part if part.name == name else replace(part, name=name) for name, part in found if part is not None
+        )
 
     @property
     def rows(self) -> int:

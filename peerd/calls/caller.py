@@ -136,6 +136,14 @@ class BatchCaller:
         prompts = [gradients.prompts for gradients in done if gradients.prompts is not None]
         return Gradients(joined("hidden", [gradients.hidden for gradients in done]), _summed(prompts))
 
+    def tape_of(self, span: Span, batch: Batch) -> Tape:
+        """The tape of a forward that wasn't run here: its backward recomputes what lies between servers, where it has to."""
+        micros = [
+            MicroTape(start, stop, (Section(span, batch_rows(batch, start, stop).hidden, b""),))
+            for start, stop in self._cuts(batch)
+        ]
+        return Tape(span, batch, tuple(micros))
+
     def _job(self, model: DriverModel, span: Span, batch: Batch, wait_s: float) -> _Job:
         ahead = max(CALLS_AHEAD_MIN, CALLS_AHEAD_PER_SERVER * len(self._planner.view(model.model).servers))
         return _Job(model, span, batch, wait_s, asyncio.Semaphore(ahead))
@@ -249,7 +257,7 @@ class BatchCaller:
             if usable:
                 tokens = (3 if backward else 1) * hidden.shape[0] * hidden.shape[1]
                 return self._spread(job.model.model).choose(usable, span.start, span.end, tokens)
-            if backward and self._holders(job, span, whole=False) and not self._away(job, span):
+            if backward and self._holders(job, span, whole=False) and not self._back_soon(job, span):
                 return None
             now = self._clock.now()
             if self._away(job, span) and now < deadline:
@@ -279,6 +287,11 @@ class BatchCaller:
         """Whether some server of the first block is only left alone for now."""
         now = self._clock.now()
         return any(job.avoided.get(server.peer, now) > now for server in self._online(job, span, whole=False))
+
+    def _back_soon(self, job: _Job, span: Span) -> bool:
+        """Whether a server of all of ``span`` is only busy: waiting for it costs less than running forward again."""
+        soon = self._clock.now() + 2 * BUSY_S
+        return any(job.avoided.get(server.peer, soon + 1) <= soon for server in self._online(job, span, whole=True))
 
     def _online(self, job: _Job, span: Span, *, whole: bool) -> list[SpanRecord]:
         wanted = span if whole else Span(span.start, span.start + 1)

@@ -1,0 +1,316 @@
+"""Batches through servers that overlap, vanish, are full, lie or fall silent: the same bits, and blame where it belongs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from blocks import call_service
+from blocks.call_service import TENSORS_PROTOCOL
+from blocks.protocol import calls
+from blocks.protocol.call_errors import CallFault
+from blocks.protocol.calls import CallRequest
+from blocks.protocol.device import BackwardJob, Batch
+from overlay.rpc.channel import MessageChannel
+from overlay.rpc.types import Message, Part
+from overlay.stream import Stream
+from peerd.calls import caller as caller_module
+from peerd.calls import remote
+from peerd.calls.caller import Gradients
+from peerd.calls.remote import call_remote
+from routing.types import Span
+from tests.models import make_tiny
+from tests.peerd.calls.field import Field, Server, data
+from tests.ring import CLASS, until
+
+BLOCKS = 4
+WHOLE = Span(0, BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = make_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+    return directory
+
+
+def run(model: Path, work: Callable[[Field], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), Field(model, BLOCKS) as field:
+            await work(field)
+
+    asyncio.run(main())
+
+
+async def step(field: Field, batch: Batch) -> tuple[Part, Gradients]:
+    output, tape = await field.caller.forward(field.model, WHOLE, batch, keep_tape=True)
+    assert tape is not None
+    return output, await field.caller.backward(field.model, WHOLE, tape, field.grad(batch))
+
+
+async def expected(model: Path, batch: Batch) -> tuple[bytes, bytes, bytes]:
+    """What one server of everything gives."""
+    async with Field(model, BLOCKS) as alone:
+        await alone.server(0, BLOCKS)
+        output, gradients = await step(alone, batch)
+        return data(output), data(gradients.hidden), data(gradients.prompts)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[(0, 2), (2, 4)], [(0, 3), (1, 4), (2, 3)], [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 4), (0, 2), (2, 4)]],
+    ids=str,
+)
+def test_the_bits_are_the_same_however_blocks_are_spread(
+    model: Path, spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller_module, "MICRO_BATCH_TOKENS", 14)  # two rows a micro-batch
+
+    async def work(field: Field) -> None:
+        batch = field.batch(prompts=BLOCKS)
+        for span in spans:
+            await field.server(*span)
+        output, gradients = await step(field, batch)
+        assert (data(output), data(gradients.hidden), data(gradients.prompts)) == await expected(model, batch)
+        assert any(data(output)) and any(data(gradients.hidden)) and any(data(gradients.prompts))
+        assert sum(bool(server.device.jobs) for server in field.servers) >= 2
+        assert field.swarm.blamed == []
+
+    run(model, work)
+
+
+def test_a_server_lost_between_forward_and_backward_costs_a_recomputation_and_no_bit(model: Path) -> None:
+    async def work(field: Field) -> None:
+        batch = field.batch(prompts=BLOCKS)
+        whole = await field.server(0, 4)
+        output, tape = await field.caller.forward(field.model, WHOLE, batch, keep_tape=True)
+        assert tape is not None
+        assert [section.peer for section in tape.micros[0].sections] == [whole.peer]
+        halves = [await field.server(0, 2), await field.server(2, 4)]
+        whole.vanish()
+        gradients = await field.caller.backward(field.model, WHOLE, tape, field.grad(batch))
+        assert (data(output), data(gradients.hidden), data(gradients.prompts)) == await expected(model, batch)
+        assert field.caller.servers_lost >= 1
+        kinds = [[type(job).__name__ for job in half.device.jobs] for half in halves]
+        assert kinds == [["ForwardJob", "BackwardJob"], ["ForwardJob", "BackwardJob"]]
+
+    run(model, work)
+
+
+@pytest.mark.parametrize("kind", ["ForwardJob", "BackwardJob"])
+def test_a_server_lost_in_the_middle_of_a_call_costs_no_bit(model: Path, kind: str) -> None:
+    async def work(field: Field) -> None:
+        batch = field.batch(prompts=BLOCKS)
+        dying = await field.server(0, 4)
+        spare = await field.server(0, 4, listed=False)
+
+        def die(job: object) -> None:
+            if type(job).__name__ == kind:
+                dying.device.is_open = False
+                field.swarm.records.append(spare.record)
+                asyncio.get_running_loop().call_soon(dying.vanish)
+
+        dying.device.on_job = die
+        output, gradients = await step(field, batch)
+        assert (data(output), data(gradients.hidden), data(gradients.prompts)) == await expected(model, batch)
+        assert [peer for peer, _ in field.swarm.blamed] == [dying.peer]
+        assert any(isinstance(job, BackwardJob) for job in spare.device.jobs)
+
+    run(model, work)
+
+
+def test_a_full_server_is_left_alone_for_a_moment_and_blamed_for_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(field: Field) -> None:
+        batch = field.batch()
+        full = await field.server(0, 4)
+        full.service._streams[field.client.peer] = call_service.CALLS_PER_PEER
+        calling = asyncio.ensure_future(field.caller.forward(field.model, WHOLE, batch))
+        await until(lambda: bool(field.client.host.connections()))
+        full.service._streams.clear()
+        output, _ = await calling
+        assert any(data(output))
+        assert field.swarm.blamed == []
+
+    run(model, work)
+
+
+def request_for(field: Field, batch: Batch, call: bytes = b"c" * 16) -> CallRequest:
+    return CallRequest(calls.FORWARD, call, field.model.model, str(CLASS), WHOLE, batch)
+
+
+def test_a_copy_over_the_wire_is_answered_and_not_computed(model: Path) -> None:
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        request = request_for(field, field.batch())
+        server.device.is_open = False
+
+        async def ask() -> Message:
+            return await call_remote(field.client.host, server.peer, server.record.addresses, request)
+
+        asked = [asyncio.ensure_future(ask()) for _ in range(2)]
+        await until(lambda: len(server.service._streams) == 1 and server.service._streams[field.client.peer] == 2)
+        await until(lambda: bool(server.device.held))
+        server.device.open()
+        answers = [await one for one in asked] + [await ask()]
+        assert len({data(answer.parts[0]) for answer in answers}) == 1
+        assert len(server.device.jobs) == 1
+        other = request_for(field, field.batch(seed=1))
+        with pytest.raises(CallFault, match="Another call"):
+            await call_remote(field.client.host, server.peer, server.record.addresses, other)
+        await until(lambda: server.service.bytes_reserved == 0)
+
+    run(model, work)
+
+
+def test_a_cancelled_call_frees_its_server_and_leaves_what_has_not_begun(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blocks.call_service.pieces_of", lambda rows, tokens: [(n, n + 1) for n in range(rows)])
+
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        server.device.is_open = False
+        calling = asyncio.ensure_future(field.caller.forward(field.model, WHOLE, field.batch()))
+        await until(lambda: len(server.device.held) == call_service.DEVICE_PIECES)
+        calling.cancel()
+        await asyncio.wait([calling])
+        await until(lambda: server.service.bytes_reserved == 0)
+        server.device.open()
+        await until(lambda: server.service._on_device == 0)
+        assert len(server.device.jobs) == call_service.DEVICE_PIECES
+
+    run(model, work)
+
+
+async def lie(server: Server, answer: Callable[[Message], Message]) -> None:
+    """Let ``server`` answer what it likes."""
+    host = server.node.host
+    host.unserve(TENSORS_PROTOCOL)
+
+    async def serve(stream: Stream) -> None:
+        channel = MessageChannel(stream, host.identity)
+        request = await channel.receive()
+        fresh = answer(request)
+        header = {"nonce": request.header["nonce"], "call": request.header["call"], **fresh.header}
+        await channel.send_and_drain(Message(fresh.kind, header, fresh.parts), end=True)
+        channel.close()
+
+    host.serve(TENSORS_PROTOCOL, serve)
+
+
+@pytest.mark.parametrize("what", ["shape", "digest", "kind", "nonce"])
+def test_a_server_that_answers_something_else_is_blamed_and_passed_over(model: Path, what: str) -> None:
+    async def work(field: Field) -> None:
+        batch = field.batch()
+        liar = await field.server(0, 4)
+        honest = await field.server(0, 4, listed=False)
+
+        def answer(message: Message) -> Message:
+            field.swarm.records.append(honest.record)
+            request = calls.decode_call(message)
+            hidden = request.batch.hidden
+            if what == "shape":
+                hidden = Part("hidden", "float32", (1, 1, 1), bytes(4))
+            digest = bytes(32) if what == "digest" else request.digest()
+            kind = calls.GRADIENTS if what == "kind" else calls.OUTPUT
+            header = {"digest": digest} | ({"nonce": bytes(16)} if what == "nonce" else {})
+            return Message(kind, header, (hidden,))
+
+        await lie(liar, answer)
+        output, _ = await field.caller.forward(field.model, WHOLE, batch)
+        assert any(data(output))
+        assert field.swarm.blamed == [(liar.peer, "protocol-violation")]
+        assert honest.device.jobs
+
+    run(model, work)
+
+
+def test_a_server_that_takes_a_call_and_says_nothing_is_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WORD_S", 0.2)
+    monkeypatch.setattr(remote, "LOOK_S", 0.05)
+
+    async def work(field: Field) -> None:
+        frozen = await field.server(0, 4)
+        spare = await field.server(0, 4, listed=False)
+        frozen.node.host.unserve(TENSORS_PROTOCOL)
+        asked = asyncio.Event()
+
+        async def hang(stream: Stream) -> None:
+            field.swarm.records.append(spare.record)
+            asked.set()
+            await asyncio.Event().wait()
+
+        frozen.node.host.serve(TENSORS_PROTOCOL, hang)
+        output, _ = await field.caller.forward(field.model, WHOLE, field.batch())
+        assert asked.is_set() and any(data(output))
+        assert field.swarm.blamed == [(frozen.peer, "silent")]
+
+    run(model, work)
+
+
+def test_a_call_that_waits_its_turn_is_not_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("FIRST_WORD_S", 0.3), ("CALL_SILENCE_S", 0.3), ("CALL_STALL_S", 0.3), ("LOOK_S", 0.02)):
+        monkeypatch.setattr(remote, name, seconds)
+    monkeypatch.setattr(call_service, "PROGRESS_S", 0.02)
+
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        server.device.is_open = False
+        calling = asyncio.ensure_future(field.caller.forward(field.model, WHOLE, field.batch()))
+        await until(lambda: bool(server.device.held))
+        done, _ = await asyncio.wait([calling], timeout=1.0)
+        assert not done
+        server.device.open()
+        await calling
+        assert field.swarm.blamed == []
+
+    run(model, work)
+
+
+def test_blocks_that_nobody_serves_are_named(model: Path) -> None:
+    async def work(field: Field) -> None:
+        await field.server(0, 2)
+        with pytest.raises(CallFault, match="block 2"):
+            await field.caller.forward(field.model, WHOLE, field.batch(), wait_s=0.1)
+
+    run(model, work)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"span": [0, 5]}, "not-served"),
+        ({"class": "none/bfloat16/sdpa/1"}, "wrong-class"),
+        ({"model": bytes(32)}, "not-served"),
+        ({"span": [3, 3]}, "bad-request"),
+        ({"span": [0, -1]}, "bad-request"),
+    ],
+    ids=str,
+)
+def test_what_a_server_cannot_compute_is_refused_by_its_code(model: Path, change: dict[str, object], code: str) -> None:
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        good = request_for(field, field.batch())
+
+        class Changed(CallRequest):
+            def to_message(self) -> Message:
+                message = good.to_message()
+                return Message(message.kind, {**message.header, **change}, message.parts)
+
+        request = Changed(good.kind, good.call, good.model, good.compute_class, good.span, good.batch)
+        with pytest.raises(CallFault) as caught:
+            await call_remote(field.client.host, server.peer, server.record.addresses, request)
+        assert caught.value.code == code
+        assert server.device.jobs == []
+
+    run(model, work)
+
+
+def test_a_row_too_long_for_a_call_is_refused_with_the_length_that_fits(model: Path) -> None:
+    with pytest.raises(CallFault, match="16384 fit"):
+        calls.micro_batches(1, 20000, 20000, 1024)
+    assert calls.micro_batches(5, 100, 100, 200) == [(0, 2), (2, 4), (4, 5)]
