@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import msgpack
 import pytest
@@ -148,3 +150,21 @@ def test_compression_is_for_links_that_are_slower_than_it() -> None:
 def test_our_own_message_over_a_limit_is_our_own_error() -> None:
     with pytest.raises(ValueError, match="limits"):
         encode_header(Message("x", {"long": b"x" * limits.HEADER_BYTES_MAX}), b"", b"")
+
+
+def test_a_message_that_is_not_wanted_is_dropped_before_its_parts_are_read() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def admit(header: Mapping[str, Any], decoded_bytes: int) -> bool:
+        asked.append((header["k"], decoded_bytes))
+        return False
+
+    decoder = FrameDecoder(admit=admit)
+    part = Part("data", "uint8", (4096,), bytes(4096))
+    message = Message("upload", {}, (part,))
+    buffers = encode_frame(encode_header(message, b"a", b"b"), message.parts, 0, bytes(64))
+    sent = b"".join(bytes(buffer) for buffer in buffers)
+    for start in range(0, len(sent), 100):
+        assert decoder.feed(memoryview(sent[start : start + 100])) == []
+    assert asked == [("upload", 4096)]
+    assert decoder.feed(memoryview(b"anything")) == []
