@@ -12,8 +12,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def tensor_of(part: Part, device: torch.device) -> torch.Tensor:
-    """(1, rows, width) over the part's own bytes (a view on the CPU)."""
-    flat = torch.frombuffer(part.data, dtype=DTYPES[part.dtype])
+    """(1, rows, width) over the part's own bytes (a view on the CPU), unless they are read-only."""
+    data = memoryview(part.data)
+    flat = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=DTYPES[part.dtype])
     tensor = flat.view(1, *part.shape)
     return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 

@@ -6,9 +6,10 @@ The API never reaches behind this, so it can be tested against any node, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from overlay.ports import Randomness, WallClock
+from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
 from peerd.decoding import DriverModel
 from peerd.generation import TextModel
@@ -16,9 +17,6 @@ from peerd.hidden_sessions import HiddenSession, HiddenSessions
 from peerd.metrics import Metrics
 from peerd.training.jobs import Jobs
 from routing.types import Span
-
-if TYPE_CHECKING:
-    from peerd.calls.caller import BatchCaller
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from peerd.calls.tape import Tape
 from peerd.decoding import DriverModel
 from peerd.local_api.limits import TAPE_LIFE_S, TAPES_BYTES_MAX, TAPES_MAX
 from routing.types import Span
-
-if TYPE_CHECKING:
-    from peerd.calls.tape import Tape
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from peerd.calls.caller import Gradients
 from peerd.generation import Stopping
 from peerd.local_api.completions import json_response
 from peerd.local_api.errors import TapeGone, TooManyRequests
@@ -24,9 +24,6 @@ from peerd.local_api.node_view import NodeView
 from peerd.local_api.tape_shelf import KeptTape, TapeShelf
 from peerd.local_api.tensor_bodies import TensorBodies, answer_tensors, checked, open_blocks, tensor_of
 from peerd.local_api.tensor_requests import TensorRequest, parse_backward, parse_forward, read_batch, read_grad
-
-if TYPE_CHECKING:
-    from peerd.calls.caller import Gradients
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -141,9 +138,7 @@ class Tensors:
         """A tape of what came along with the gradient."""
         model = await open_blocks(self._node, request.model, request.wait_s)
         span, batch = await checked(size_bytes, read_batch, request, model)
-        _, tape = await self._node.calls.forward(model.driver, span, batch, keep_tape=True, wait_s=request.wait_s)
-        assert tape is not None
-        return KeptTape(model.driver, span, batch.hidden.shape, tape)
+        return KeptTape(model.driver, span, batch.hidden.shape, self._node.calls.tape_of(span, batch))
 
     def _keep(self, kept: KeptTape) -> str | None:
         """A name for a tape; None where it is too large to be kept."""

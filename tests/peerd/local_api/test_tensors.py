@@ -66,6 +66,9 @@ class HalvingBlocks:
         await self._note("backward", span, tape.batch)
         return Halves(half(grad), None if tape.batch.prompts is None else half(tape.batch.prompts))
 
+    def tape_of(self, span: Span, batch: Batch) -> HalfTape:
+        return HalfTape(batch)
+
     async def _note(self, kind: str, span: Span, batch: Batch) -> None:
         self.asked.append((kind, span, batch))
         if self.error is not None:

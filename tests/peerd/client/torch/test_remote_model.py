@@ -1,0 +1,443 @@
+"""The torch client against real daemons: everything that a local `transformers` model gives, for three families, in float32.
+
+Two servers hold every block of every model, and a third daemon that has none of their files is asked, so that all numbers come over the
+wire. Starting daemons is what costs, so one swarm serves the whole module; the last test kills a server.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peerd.client import ApiError, Client
+from peerd.client.torch import RemoteModelForCausalLM
+from peerd.loopback import Daemon, running, start_daemon
+from tests.e2e.processes import span_of, wait_until
+from tests.models import make_tiny
+from tests.peerd.in_process import LocalDaemon, daemon
+
+FAMILIES = ("llama", "gpt2", "bloom")
+BLOCKS = 4
+CLOSE = {"rtol": 1e-4, "atol": 2e-4}
+PAD = 0
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@dataclass
+class Swarm:
+    """Two servers of all models, the second a process, and a client's daemon."""
+
+    models: dict[str, Path]
+    first: LocalDaemon
+    second: Daemon
+    client: LocalDaemon
+
+    def replicas(self, name: str) -> list[int]:
+        """How many servers each block of a model has online, as the client's daemon sees it."""
+        found = [entry for entry in self.client.client.swarm()["models"] if entry["name"] == name]
+        spans = [span_of(server) for entry in found for server in entry["servers"] if server["state"] == "online"]
+        return [sum(start <= block < end for start, end in spans) for block in range(BLOCKS)]
+
+    def wait_sessions(self, count: int) -> None:
+        """Until the servers hold KV for as many sessions: freeing them is told, not waited for."""
+        gauge = re.compile(r"^peerd_sessions_served (\S+)", re.MULTILINE)
+
+        def held(path: Path) -> float:
+            matched = gauge.search(Client(path).metrics())
+            assert matched is not None
+            return float(matched.group(1))
+
+        wait_until(lambda: held(self.first.socket_path) + held(self.second.socket_path) == count, 10.0)
+
+
+@dataclass
+class Pair:
+    """A model here, and the same through the swarm."""
+
+    local: Any
+    remote: Any
+
+    @property
+    def width(self) -> int:
+        return int(self.local.config.hidden_size)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.local.get_input_embeddings()(ids).detach()
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    directory = tmp_path_factory.mktemp("torch")
+    models = {family: make_tiny(family, directory / f"little-{family}") for family in FAMILIES}
+    served = [word for path in models.values() for word in ("--model", str(path))]
+    with ExitStack() as stack:
+        first = stack.enter_context(daemon(directory / "one", *served))
+        join = ("--join", first.join_address)
+        client = stack.enter_context(daemon(directory / "client", "--serve-blocks", "none", *join))
+        wait_until(lambda: online(client) == len(FAMILIES))
+        # What the first server found out about the families need not be found out twice.
+        shutil.copytree(directory / "one" / "cache", directory / "two" / "cache")
+        second = start_daemon("two", directory, *served, *join)
+        stack.enter_context(running([second]))
+        second.wait_ready()
+        made = Swarm(models, first, second, client)
+        wait_until(lambda: all(made.replicas(path.name) == [2] * BLOCKS for path in models.values()))
+        yield made
+    assert "Traceback" not in second.log_path.read_text(), second.log_tail(60)
+
+
+def online(daemon: LocalDaemon) -> int:
+    """How many servers' spans are online."""
+    return sum(server["state"] == "online" for entry in daemon.client.swarm()["models"] for server in entry["servers"])
+
+
+@pytest.fixture(scope="module")
+def pairs(swarm: Swarm) -> dict[str, Pair]:
+    socket = swarm.client.socket_path
+    made = {}
+    for family, path in swarm.models.items():
+        local = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
+        made[family] = Pair(local, RemoteModelForCausalLM.from_pretrained(str(path), socket=socket))
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request: pytest.FixtureRequest, pairs: dict[str, Pair]) -> Pair:
+    torch.manual_seed(1)
+    return pairs[request.param]
+
+
+def same_gradients(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    """Equal, and not both nothing."""
+    assert found is not None and expected is not None and expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def ragged(rows: int = 3, columns: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids and a mask of left padding, as a tokenizer makes it."""
+    ids = torch.randint(1, 256, (rows, columns))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return ids.masked_fill(mask == 0, PAD), mask
+
+
+def test_the_model_is_one_of_its_own_class_without_blocks_here(pair: Pair) -> None:
+    assert isinstance(pair.remote, RemoteModelForCausalLM)
+    assert isinstance(pair.remote, type(pair.local))
+    here = sum(parameter.numel() for parameter in pair.remote.parameters())
+    assert here < sum(parameter.numel() for parameter in pair.local.parameters()) / 2
+    assert len(pair.remote.blocks) == BLOCKS
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_logits_and_loss_are_the_local_model_s(pair: Pair, padding: str) -> None:
+    ids, mask = ragged()
+    if padding == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    given = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100)}
+    if padding != "none":
+        given["attention_mask"] = mask
+    expected, found = pair.local(**given), pair.remote(**given)
+    real = mask.bool() if padding != "none" else torch.ones_like(mask).bool()
+    torch.testing.assert_close(found.logits[real], expected.logits[real], **CLOSE)
+    torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    assert found.past_key_values is None  # sessions are made only when asked for
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # bloom has none
+def test_position_ids_reach_the_servers(pairs: dict[str, Pair], family: str) -> None:
+    pair = pairs[family]
+    ids, mask = ragged()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    real = mask.bool()
+    torch.testing.assert_close(pair.remote(**given).logits[real], pair.local(**given).logits[real], **CLOSE)
+
+
+def test_hidden_states_of_every_layer_are_the_local_model_s(pair: Pair) -> None:
+    ids, mask = ragged()
+    expected = pair.local(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    found = pair.remote(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    real = mask.bool()
+    assert len(found) == len(expected) == BLOCKS + 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[real], other[real], **CLOSE)
+
+
+def test_a_hook_on_a_block_sees_what_it_would_locally(pair: Pair) -> None:
+    ids, _ = ragged()
+    seen: dict[str, list[torch.Tensor]] = {"local": [], "remote": []}
+    hooks = []
+    for name, model in (("local", pair.local), ("remote", pair.remote)):
+        block = pair.remote._anatomy.blocks[2] if name == "remote" else blocks_of(model)[2]
+
+        def note(_: Any, arguments: Any, output: Any, name: str = name) -> None:
+            seen[name] += [arguments[0], output[0] if isinstance(output, tuple) else output]
+
+        hooks.append(block.register_forward_hook(note))
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    for one, other in zip(seen["remote"], seen["local"], strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def blocks_of(model: Any) -> Any:
+    return next(module for name, module in model.named_modules() if name.endswith((".h", ".layers")))
+
+
+def test_gradients_of_inputs_are_the_local_model_s(pair: Pair) -> None:
+    ids, mask = ragged()
+    gradients = []
+    for model in (pair.local, pair.remote):
+        embeds = pair.embed(ids).requires_grad_()
+        labels = ids.masked_fill(mask == 0, -100)
+        model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append(embeds.grad)
+    same_gradients(gradients[1], gradients[0])
+
+
+def test_gradients_of_a_soft_prompt_are_the_local_model_s(pair: Pair) -> None:
+    ids, mask = ragged()
+    ids, mask = ids.flip(1), mask.flip(1)
+    start = torch.randn(1, 4, pair.width)
+    gradients = []
+    for model in (pair.local, pair.remote):
+        prompt = start.clone().requires_grad_()
+        embeds = torch.cat([prompt.expand(len(ids), -1, -1), pair.embed(ids)], 1)
+        padding = torch.cat([torch.ones(len(ids), 4, dtype=mask.dtype), mask], 1)
+        labels = torch.cat([torch.full((len(ids), 4), -100), ids.masked_fill(mask == 0, -100)], 1)
+        model(inputs_embeds=embeds, attention_mask=padding, labels=labels).loss.backward()
+        gradients.append(prompt.grad)
+    same_gradients(gradients[1], gradients[0])
+
+
+def test_deep_prompts_and_their_gradients_are_as_with_hooks_on_local_blocks(pair: Pair) -> None:
+    ids, _ = ragged()
+    start = torch.randn(BLOCKS, 3, pair.width) / 4
+
+    def locally(prompts: torch.Tensor) -> Any:
+        hooks = [
+            block.register_forward_pre_hook(adding(prompts[index]), with_kwargs=True)
+            for index, block in enumerate(blocks_of(pair.local))
+        ]
+        try:
+            return pair.local(ids, labels=ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    gradients, losses = [], []
+    for run in (locally, lambda prompts: pair.remote(ids, labels=ids, deep_prompts=prompts)):
+        prompts = start.clone().requires_grad_()
+        loss = run(prompts).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(prompts.grad)
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    same_gradients(gradients[1], gradients[0])
+
+
+def adding(prompt: torch.Tensor) -> Any:
+    def add(_: Any, arguments: Any, options: Any) -> Any:
+        hidden = arguments[0]
+        length = prompt.shape[0]
+        return (torch.cat([hidden[:, :length] + prompt, hidden[:, length:]], 1), *arguments[1:]), options
+
+    return add
+
+
+def test_a_part_of_the_blocks_can_be_run_and_differentiated_alone(pair: Pair) -> None:
+    hidden = torch.randn(2, 6, pair.width, requires_grad=True)
+    whole = pair.remote.blocks(hidden)
+    parts = pair.remote.blocks[2:](pair.remote.blocks[1](pair.remote.blocks[:1](hidden)))
+    torch.testing.assert_close(parts, whole, **CLOSE)
+    (of_whole,) = torch.autograd.grad(whole.square().sum(), hidden)
+    (of_parts,) = torch.autograd.grad(parts.square().sum(), hidden)
+    torch.testing.assert_close(of_parts, of_whole, rtol=1e-3, atol=1e-3 * float(of_whole.abs().max()))
+
+
+def test_threads_may_share_a_model(pair: Pair) -> None:
+    inputs = [torch.randn(2, 5 + index, pair.width) for index in range(4)]
+
+    def gradient(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.clone().requires_grad_()
+        output = pair.remote(inputs_embeds=hidden).logits.logsumexp(-1).sum()
+        return torch.autograd.grad(output, hidden)[0]
+
+    alone = [gradient(hidden) for hidden in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradient, inputs))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
+def test_prompt_tuning_of_peft_trains_through_the_swarm(pair: Pair) -> None:
+    ids, mask = ragged()
+    ids, mask = ids.flip(1), mask.flip(1)
+    settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    losses, gradients = [], []
+    for model in (pair.local, pair.remote):
+        torch.manual_seed(3)
+        tuned = get_peft_model(model, settings)
+        loss = tuned(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients += [parameter.grad for parameter in tuned.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    assert len(gradients) == 2
+    same_gradients(gradients[1], gradients[0])
+
+
+def test_a_second_backward_through_the_same_graph_works_without_its_tape(pair: Pair) -> None:
+    hidden = torch.randn(1, 5, pair.width, requires_grad=True)
+    output = pair.remote.blocks[1:3](hidden).sum()
+    (first,) = torch.autograd.grad(output, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(output, hidden)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_greedy_tokens_are_the_local_model_s(pair: Pair, swarm: Swarm, cached: bool) -> None:
+    ids, mask = ragged()
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD, "use_cache": cached}
+    for given in ({"attention_mask": mask}, {}):
+        expected = pair.local.generate(ids, **given, **settings)
+        assert torch.equal(pair.remote.generate(ids, **given, **settings), expected)
+    swarm.wait_sessions(0)
+
+
+def test_sampled_tokens_are_the_local_model_s_for_one_seed(pair: Pair) -> None:
+    ids, mask = ragged()
+    tokens = []
+    for model in (pair.local, pair.remote):
+        torch.manual_seed(7)
+        sampled = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=True,
+            top_k=20,
+            num_return_sequences=2,
+            pad_token_id=PAD,
+        )
+        tokens.append(sampled)
+    assert torch.equal(tokens[0], tokens[1])
+
+
+def test_a_soft_prompt_generates_as_it_would_locally(pair: Pair) -> None:
+    embeds = torch.cat([torch.randn(1, 4, pair.width), pair.embed(ragged(1)[0])], 1)
+    settings = {"inputs_embeds": embeds, "max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(pair.remote.generate(**settings), pair.local.generate(**settings))
+
+
+def test_a_returned_cache_continues_is_cropped_and_frees_its_sessions(pair: Pair, swarm: Swarm) -> None:
+    ids = ragged(1)[0]
+    settings = {"do_sample": False, "pad_token_id": PAD}
+    expected = pair.local.generate(ids, max_new_tokens=12, **settings)
+    cache = pair.remote.new_cache(64)
+    first = pair.remote.generate(ids, max_new_tokens=6, past_key_values=cache, **settings)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    assert torch.equal(pair.remote.generate(first, max_new_tokens=6, past_key_values=cache, **settings), expected)
+    cache.crop(-5)
+    kept = expected[:, : cache.get_seq_length()]
+    with torch.no_grad():
+        again = pair.remote(expected[:, kept.shape[1] : kept.shape[1] + 2], past_key_values=cache).logits
+        whole = pair.local(expected[:, : kept.shape[1] + 2]).logits[:, -2:]
+    torch.testing.assert_close(again, whole, **CLOSE)
+    swarm.wait_sessions(1)
+    del cache
+    gc.collect()
+    swarm.wait_sessions(0)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 2}, "beam_search is refused"),
+    ({"cache_implementation": "static"}, "cache_implementation is refused"),
+    ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is refused"),
+    ({"output_hidden_states": True, "return_dict_in_generate": True}, "use_cache=False"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_what_sessions_can_not_do_is_refused_in_words(
+    pairs: dict[str, Pair], swarm: Swarm, settings: dict[str, Any], words: str
+) -> None:
+    remote = pairs["llama"].remote
+    with pytest.raises(ValueError, match=words):
+        remote.generate(ragged()[0], max_new_tokens=3, pad_token_id=PAD, **settings)
+    swarm.wait_sessions(0)
+
+
+def test_wrong_arguments_of_forward_are_refused_in_words(pairs: dict[str, Pair]) -> None:
+    remote = pairs["llama"].remote
+    ids, mask = ragged()
+    with pytest.raises(ValueError, match="output_attentions is refused"):
+        remote(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask has to be"):
+        remote(ids, attention_mask=torch.zeros(3, 1, 11, 11))
+    with pytest.raises(ValueError, match="packed texts"):
+        remote(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]]))
+    with pytest.raises(ValueError, match="RemoteCache"):
+        remote(ids, past_key_values=object())
+    with pytest.raises(IndexError, match="no span"):
+        remote.blocks[3:3]
+    with pytest.raises(IndexError, match="left to right"):
+        remote.blocks[::2]
+    with remote.new_cache(32) as cache:
+        embeds = remote.get_input_embeddings()(ids).requires_grad_()
+        with pytest.raises(ValueError, match="no gradients"):
+            remote(inputs_embeds=embeds, past_key_values=cache)
+        with pytest.raises(ValueError, match="count a row's tokens"):
+            remote(ids, attention_mask=mask, position_ids=torch.arange(11).expand(3, -1), past_key_values=cache)
+
+
+def test_the_daemon_s_refusals_are_raised_with_its_sentence(pairs: dict[str, Pair]) -> None:
+    remote = pairs["llama"].remote
+    with pytest.raises(ApiError, match="context of little-llama is 128") as caught:
+        remote.blocks(torch.zeros(1, 129, 32))
+    assert (caught.value.http_status, caught.value.code) == (400, "invalid-request")
+    hidden = torch.zeros(1, 2, 32)
+    hidden[0, 0, 0] = float("nan")
+    with pytest.raises(ApiError, match="not a number"):
+        remote.blocks[1:3](hidden)
+
+
+def test_a_model_whose_files_are_not_here_comes_from_the_daemon(swarm: Swarm, pairs: dict[str, Pair]) -> None:
+    socket = swarm.client.socket_path
+    remote = RemoteModelForCausalLM.from_pretrained("little-gpt2", socket=socket)
+    ids, _ = ragged()
+    torch.testing.assert_close(remote(ids).logits, pairs["gpt2"].local(ids).logits, **CLOSE)
+    with pytest.raises(Exception, match="'unheard-of'"):
+        RemoteModelForCausalLM.from_pretrained("unheard-of", socket=socket)
+
+
+def test_a_long_batch_is_spread_over_both_servers_and_survives_losing_one_on_its_way_back(
+    swarm: Swarm, pairs: dict[str, Pair]
+) -> None:
+    pair = pairs["llama"]
+    ids = torch.randint(1, 256, (48, 64))
+    gradients = []
+    for model in (pair.local, pair.remote):
+        embeds = pair.embed(ids).requires_grad_()
+        loss = model(inputs_embeds=embeds, labels=ids).loss
+        if model is pair.remote:
+            swarm.second.kill()
+        loss.backward()
+        gradients.append(embeds.grad)
+    same_gradients(gradients[1], gradients[0])
