@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from blocks.protocol.commands import (
     CloseChannel,
@@ -33,7 +33,7 @@ from blocks.protocol.hops import Hops
 from blocks.session_directory import SessionDirectory
 from overlay.errors import DialError, PeerdError, ProtocolViolation
 from overlay.host import Host
-from overlay.identity import PeerId
+from overlay.identity import Identity, PeerId
 from overlay.multiaddr import Multiaddr
 from overlay.ports import Clock
 from overlay.rpc.channel import MessageChannel
@@ -61,12 +61,23 @@ class Channel(Protocol):
 class _Inbound:
     """One accepted stream: a control or a data lane, told by its protocol."""
 
-    def __init__(self, service: SpanService, channel: MessageChannel, *, is_data: bool) -> None:
+    def __init__(self, service: SpanService, stream: Stream, identity: Identity, *, is_data: bool) -> None:
         self._service = service
-        self._channel = channel
+        admit = None if is_data else self._admit
+        self._channel = MessageChannel(stream, identity, verify_first=not is_data, admit=admit)
         self._is_data = is_data
-        self.origin = channel.remote_peer
+        self.origin = self._channel.remote_peer
+        self.coming_bytes = 0
+        """Deep prompts that were let in, and are on their way."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._channel.set_receiver(self)
+
+    def _admit(self, fields: Mapping[str, Any], size_bytes: int) -> bool:
+        if not size_bytes:
+            return True
+        admitted = self._service.admits_prompts(fields, size_bytes, self)
+        self.coming_bytes = size_bytes if admitted else 0
+        return admitted
 
     def send(self, message: Message) -> None:
         self._channel.send(message)
@@ -80,6 +91,7 @@ class _Inbound:
         self._settle()
 
     def message_received(self, message: Message) -> None:
+        self.coming_bytes = 0
         if self._is_data:
             self._service.data_received(message, self)
         else:
@@ -89,6 +101,7 @@ class _Inbound:
         return self._channel.verify(message)
 
     def channel_lost(self, error: PeerdError | None) -> None:
+        self.coming_bytes = 0
         self._service.channel_ended(self)
         self._settle()
 
@@ -154,6 +167,7 @@ class SpanService:
         self._lease_used = lease_used
         self._self_peer = host.peer_id.multihash
         self._edges: dict[EdgeKey, _Edge] = {}
+        self._controls: dict[int, _Inbound] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -185,15 +199,25 @@ class SpanService:
     # --- inbound ---
 
     async def _serve_control(self, stream: Stream) -> None:
-        await self._serve(MessageChannel(stream, self._host.identity), is_data=False)
+        inbound = _Inbound(self, stream, self._host.identity, is_data=False)
+        self._controls[id(inbound)] = inbound
+        try:
+            await inbound.ended
+        finally:
+            del self._controls[id(inbound)]
 
     async def _serve_data(self, stream: Stream) -> None:
-        await self._serve(MessageChannel(stream, self._host.identity, verify_first=False), is_data=True)
+        await _Inbound(self, stream, self._host.identity, is_data=True).ended
 
-    def _serve(self, channel: MessageChannel, *, is_data: bool) -> Awaitable[None]:
-        inbound = _Inbound(self, channel, is_data=is_data)
-        channel.set_receiver(inbound)
-        return inbound.ended
+    def admits_prompts(self, fields: Mapping[str, Any], size_bytes: int, channel: _Inbound) -> bool:
+        """Whether the parts of a control message may be read; the driver is told at once where they may not."""
+        coming = size_bytes + sum(other.coming_bytes for other in self._controls.values())
+        if fields.get("k") == "open" and self._hops.has_room_for_prompts(channel.origin, coming):
+            return True
+        header = Message(str(fields.get("k")), fields, (), channel.origin, self._self_peer)
+        self._hops.turn_away(header, channel.origin, channel)
+        self._execute()
+        return False
 
     def control_received(self, message: Message, channel: _Inbound) -> None:
         """A driver's word, verified."""

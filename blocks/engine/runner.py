@@ -13,7 +13,7 @@ import torch
 
 from blocks.engine.batch_jobs import BatchJobs, run_batch_job
 from blocks.engine.errors import ComputeFailed, DeviceBusy, NotLoaded
-from blocks.engine.parts import part_of, tensor_of
+from blocks.engine.parts import array_of, part_of, tensor_of
 from blocks.model.head import Head
 from blocks.model.kv_cache import SpanCache
 from blocks.model.sampling import sample
@@ -99,7 +99,8 @@ class Runner:
         cache = self._caches.get(job.lease)
         if cache is None or cache.blocks != job.span:
             cache = self._caches[job.lease] = _Cache(span.new_cache(job.max_tokens), job.span)
-        output = span.forward(tensor_of(job.hidden, span.device), job.position, cache.kv)[0]
+        prompts = None if job.prompts is None else array_of(job.prompts).to(span.device, span.dtype)
+        output = span.forward(tensor_of(job.hidden, span.device), job.position, cache.kv, prompts)[0]
         if job.keep == 0:
             return JobResult(job)
         if 0 < job.keep < job.tokens:

@@ -161,13 +161,16 @@ class Span:
         values = sum(heads * width for shape in self._shapes for heads, width in (shape.key, shape.value))
         return values * self.dtype.itemsize
 
-    def forward(self, hidden: torch.Tensor, position: int, cache: SpanCache) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, position: int, cache: SpanCache, prompts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run a window.
 
         Args:
             hidden: (1, tokens, d_model) in the span's dtype, on its device.
             position: of the first token; below the cache's length truncates it first, above is an error.
             cache: the session's.
+            prompts: (blocks, length, d_model), added before each block at positions below length.
 
         Returns:
             (1, tokens, d_model).
@@ -181,16 +184,26 @@ class Span:
                 cache.truncate(position)
             count = hidden.shape[1]
             cache.begin(count)
-            output = self._steps.run(hidden, cache) if count == 1 and self._steps is not None else None
+            added = None if prompts is None or position >= prompts.shape[1] else prompts[:, position : position + count]
+            can_step = count == 1 and self._steps is not None and added is None
+            output = self._steps.run(hidden, cache) if can_step and self._steps is not None else None
             if output is None:
                 output = hidden
                 calls = self._planner.calls(count, cache, self.start, self.end)
-                for block, call in zip(self._blocks, calls, strict=True):
-                    output = call.run(block, output, cache)
+                for index, (block, call) in enumerate(zip(self._blocks, calls, strict=True)):
+                    entering = output if added is None else _with_prompt(output, added[index])
+                    output = call.run(block, entering, cache)
             cache.commit(count)
             if count == 1 and self._steps is None:
                 self._count_step()
             return output
+
+
+def _with_prompt(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` (length, d_model) added to the first ones of ``hidden``, which others may still read."""
+    entering = hidden.clone()
+    entering[:, : len(rows)] += rows
+    return entering
 
 
 def max_positions(config: Mapping[str, Any]) -> int:

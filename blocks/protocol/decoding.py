@@ -7,6 +7,7 @@ of range or missing names itself in the error, and nothing else is ever raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
@@ -138,6 +139,7 @@ def _read_open(message: Message, session: bytes, epoch: Epoch, hop_index: int) -
     for before, after in pairwise(route):
         if before.span.end != after.span.start:
             raise BadMessage("a route has no gaps")
+    prompts = _read_prompts(message, len(route[hop_index].span))
     return Open(
         session,
         epoch,
@@ -150,7 +152,21 @@ def _read_open(message: Message, session: bytes, epoch: Epoch, hop_index: int) -
         read_integer(header, "max_tokens", 1, limits.CONTEXT_TOKENS_MAX),
         read_number(header, "heartbeat_s", limits.HEARTBEAT_S_MIN, limits.HEARTBEAT_S_MAX),
         read_number(header, "lease_s", 0.0, limits.DURATION_S_MAX),
+        prompts,
+        b"" if prompts is None else prompts.digest or sha256(prompts.data).digest(),
     )
+
+
+def _read_prompts(message: Message, blocks: int) -> Part | None:
+    if not message.parts:
+        return None
+    part = message.parts[0]
+    fits = part.name == "prompts" and len(part.shape) == 3 and part.shape[0] == blocks and all(part.shape)
+    if len(message.parts) > 1 or not fits or part.size_bytes != len(part.data):
+        raise BadMessage("the part of an open is prompts, of shape (blocks of the hop, length, d_model)")
+    if part.size_bytes > limits.OPEN_PROMPTS_BYTES_MAX:
+        raise BadMessage(f"the prompts of an open have at most {limits.OPEN_PROMPTS_BYTES_MAX} bytes")
+    return part
 
 
 def _read_addresses(value: object) -> tuple[str, ...]:

@@ -57,7 +57,8 @@ class SpanJob:
 
     ``hidden`` has shape (tokens, d_model) in the compute dtype; the result has the same shape.
     ``max_tokens`` sizes the cache when the lease is new. ``keep`` bounds what comes back: only the last ``keep``
-    rows are returned (0: none, -1: all).
+    rows are returned (0: none, -1: all). ``prompts``, of shape (blocks of the span, length, d_model), is added before each block at
+    the positions below its length.
     """
 
     model: str
@@ -69,6 +70,7 @@ class SpanJob:
     max_tokens: int
     keep: int = -1
     priority: JobPriority = JobPriority.DECODE
+    prompts: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,8 @@ class DriverSettings:
     """What stays the same for a session's life.
 
     ``session`` is 16 random bytes; ``incarnation`` was stored and synced before this process's first frame.
-    A boundary is (tokens, ``width``) of ``dtype``.
+    A boundary is (tokens, ``width``) of ``dtype``; ``prompts``, (blocks of the routes, length, ``width``), goes along with each `open`,
+    every hop getting its own blocks' rows.
     """
 
     session: bytes
@@ -74,6 +75,7 @@ class DriverSettings:
     adapter: str = ""
     heartbeat_s: float = 1.0
     lease_s: float = limits.LEASE_S_MAX
+    prompts: Part | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -158,7 +160,7 @@ class Driver:
         epoch = Epoch(self._settings.incarnation, self._epoch.counter + 1)
         self._leave_route(epoch, route.hops)
         self._epoch, self._hops = epoch, route.hops
-        self._watches = [HopWatch(now) for _ in route.hops]
+        self._watches = [HopWatch(now + self._open_s(index)) for index in range(len(route))]
         self._forget_windows()
         self._moved.clear()
         self._enter(DriverPhase.OPENING)
@@ -462,7 +464,22 @@ class Driver:
             settings.max_tokens,
             settings.heartbeat_s,
             settings.lease_s,
+            self._prompts_of(index),
         )
+
+    def _open_s(self, index: int) -> float:
+        prompts = self._prompts_of(index)
+        return 0.0 if prompts is None else prompts.size_bytes / limits.OPEN_BYTES_PER_S_MIN
+
+    def _prompts_of(self, index: int) -> Part | None:
+        prompts = self._settings.prompts
+        if prompts is None:
+            return None
+        span, first = self._hops[index].span, self._hops[0].span.start
+        block_bytes = len(prompts.data) // prompts.shape[0]
+        start, end = ((block - first) * block_bytes for block in (span.start, span.end))
+        data = memoryview(prompts.data).cast("B")[start:end]
+        return Part("prompts", prompts.dtype, (len(span), *prompts.shape[1:]), data)
 
     def _send(self, index: int, message: Envelope) -> None:
         wire = message.to_message(self._settings.self_peer, self._hops[index].peer)

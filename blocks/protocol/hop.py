@@ -272,11 +272,16 @@ class HopSession:
                 self.order.max_tokens,
                 self._rows_kept(item),
                 JobPriority.DECODE if item.tokens == 1 else JobPriority.PREFILL,
+                self._prompts_at(item.position),
             )
             item.hidden = None
             self._applied_end = item.position + item.tokens
             running.append(item)
             self._commands.append(Submit(item.job))
+
+    def _prompts_at(self, position: int) -> Part | None:
+        prompts = self.order.prompts
+        return prompts if prompts is not None and position < prompts.shape[1] else None
 
     def _rows_kept(self, item: _Item) -> int:
         if not self.is_last or item.want == "all":
@@ -438,6 +443,12 @@ class HopSession:
         if self.phase is HopPhase.OPEN:
             wire: Message = message.to_message(self._self_peer, self.driver)
             self._commands.append(Reply(self.control, wire))
+
+    @property
+    def prompts_bytes(self) -> int:
+        """What the deep prompts of its order take."""
+        prompts = self.order.prompts
+        return 0 if prompts is None else prompts.size_bytes
 
     @property
     def windows_held(self) -> int:

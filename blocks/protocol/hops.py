@@ -32,7 +32,7 @@ from blocks.protocol.messages import (
 )
 from blocks.protocol.session_errors import CODES, UNKNOWN, BadMessage, SessionFault
 from overlay.errors import PeerdError
-from overlay.rpc.types import Message
+from overlay.rpc.types import Message, Part
 
 Place = tuple[bytes, int]
 """(session, hop index): what a session's state is keyed by, since one peer may be two hops."""
@@ -327,8 +327,45 @@ class Hops:
             mine = sum(1 for other in self._sessions.values() if other.driver == driver)
             if len(self._sessions) >= self._settings.sessions_max or mine >= limits.SESSIONS_PER_DRIVER_MAX:
                 return SessionFault("busy", "this server holds as many sessions as it can", 1.0)
+        fault = self._prompts_fault(order, driver, session)
+        if fault is not None:
+            return fault
         wish = Wish(order.model, order.compute_class, order.adapter, hop.span, order.max_tokens)
-        return self._admission.admit(lease, wish)
+        grant = self._admission.admit(lease, wish)
+        if isinstance(grant, Grant) and not _fits(order.prompts, grant):
+            self._admission.release(lease)
+            return SessionFault("bad-window", f"prompts here are {grant.width} wide, of {grant.dtype}")
+        return grant
+
+    def _prompts_fault(self, order: Open, driver: bytes, session: HopSession | None) -> SessionFault | None:
+        """Whether there is room for an order's deep prompts beside those of other sessions."""
+        if order.prompts is None:
+            return None
+        former = 0 if session is None else session.prompts_bytes
+        if self.has_room_for_prompts(driver, order.prompts.size_bytes - former):
+            return None
+        return SessionFault("busy", "this server holds as many deep prompts as it can", 1.0)
+
+    def has_room_for_prompts(self, driver: bytes, size_bytes: int) -> bool:
+        """Whether ``size_bytes`` more of deep prompts may come in from ``driver``."""
+        whole = mine = size_bytes
+        for session in self._sessions.values():
+            whole += session.prompts_bytes
+            mine += session.prompts_bytes if session.driver == driver else 0
+        return whole <= limits.PROMPTS_BYTES_MAX and mine <= limits.PROMPTS_BYTES_PER_DRIVER_MAX
+
+    def turn_away(self, message: Message, origin: bytes, channel: object) -> None:
+        """An `open` whose deep prompts there is no room for, before they are read: ``message`` is its header alone."""
+        try:
+            order = decode(message)
+        except BadMessage as error:
+            self._refuse(error.code, channel)
+            return
+        if isinstance(order, Open) and message.sender == origin:
+            fault = SessionFault("busy", "this server holds as many deep prompts as it can", 1.0)
+            self._answer(channel, order, origin, fault)
+        else:
+            self._refuse("bad-message", channel)
 
     # --- ends ---
 
@@ -389,3 +426,7 @@ class Hops:
         tick_s = min((session.order.heartbeat_s / 4 for session in self._sessions.values()), default=limits.TICK_S)
         due = now + min(tick_s, limits.TICK_S)
         self._tick_at = due if self._tick_at is None else min(self._tick_at, due)
+
+
+def _fits(prompts: Part | None, grant: Grant) -> bool:
+    return prompts is None or (prompts.shape[2] == grant.width and prompts.dtype == grant.dtype)

@@ -29,10 +29,15 @@ LEASE_S_MAX = 30.0
 """How long a hop keeps the KV of a session whose driver it no longer hears."""
 DURATION_S_MAX = 86400.0
 BRANCHES_MAX = 64
+OPEN_PROMPTS_BYTES_MAX = 64 << 20
+"""Deep prompts of one `open`: as much as a part of a frame may have."""
 
 # --- what a hop keeps ---
 SESSIONS_MAX = 4096
 SESSIONS_PER_DRIVER_MAX = 256
+PROMPTS_BYTES_MAX = 512 << 20
+"""Deep prompts of all sessions together, and of those that are on their way here."""
+PROMPTS_BYTES_PER_DRIVER_MAX = 128 << 20
 TOMBSTONES_MAX = 8192
 TOMBSTONE_S = 60.0
 HELD_WINDOWS_MAX = 64
@@ -52,6 +57,8 @@ TICK_S = 0.25
 QUEUED_WINDOWS_MAX = 4096
 READY_DEADLINE_S = 10.0
 """From `open` to `ready`, dialling included."""
+OPEN_BYTES_PER_S_MIN = 256 << 10
+"""Deep prompts of an `open` stretch that deadline by this."""
 SILENT_HEARTBEATS = 3
 PROGRESS_FLOOR_S = 5.0
 PROGRESS_PER_TOKEN_S = 0.1

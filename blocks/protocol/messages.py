@@ -6,7 +6,7 @@ states: whether a message is welcome is the business of the machines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from blocks.protocol import limits
@@ -44,7 +44,11 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Open(Envelope):
-    """Driver to hop: take this place in this route, with empty KV."""
+    """Driver to hop: take this place in this route, with empty KV.
+
+    ``prompts`` has shape (blocks of the hop's span, length, d_model) and is added before each block at positions below length. Two
+    orders are the same when all else is and their prompts' digests are (SHA-256, worked out by whoever reads the message).
+    """
 
     KIND: ClassVar[str] = "open"
 
@@ -56,6 +60,12 @@ class Open(Envelope):
     max_tokens: int
     heartbeat_s: float
     lease_s: float
+    prompts: Part | None = field(default=None, compare=False)
+    prompts_digest: bytes = b""
+
+    def to_message(self, sender: bytes, recipient: bytes) -> Message:
+        parts = () if self.prompts is None else (self.prompts,)
+        return Message("open", self.header(), parts, sender, recipient)
 
     def header(self) -> dict[str, Any]:
         return {

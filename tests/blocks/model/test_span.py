@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from blocks.model.architecture import find_blocks
 from blocks.model.errors import CacheFull, UnsupportedModel
 from blocks.model.head import Head, load_head
 from blocks.model.limits import SECTION_STEPS, SECTIONS_KEPT
@@ -217,3 +220,43 @@ def test_a_dtype_that_nobody_knows_is_refused(llama: ModelSource) -> None:
 def test_embedding_refuses_ids_outside_the_vocabulary(llama: ModelSource) -> None:
     with pytest.raises(ValueError, match="between 0 and 258"):
         load_head(llama).embed([5, 259], 0)
+
+
+def test_deep_prompts_are_those_of_hooks_in_the_whole_model_in_windows_across_their_end(
+    source: ModelSource, whole: PreTrainedModel, head: Head
+) -> None:
+    length, ids = 10, ids_of(TOKENS)  # ends inside the window 9:14
+    prompts = torch.randn((4, length, head.width), generator=torch.Generator().manual_seed(2))
+    traced = source.config["model_type"] == "llama"
+    spans = [load_span(source, 0, 3, prepare_steps=traced), load_span(source, 3, 4, prepare_steps=False)]
+    caches = [span.new_cache(TOKENS) for span in spans]
+    position = 0
+
+    def add(rows: torch.Tensor) -> Callable[..., Any]:
+        def hook(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            hidden = (arguments[0] if arguments else options["hidden_states"]).clone()
+            rest = rows[position : position + hidden.shape[1]]
+            hidden[:, : len(rest)] += rest
+            return ((hidden, *arguments[1:]), options) if arguments else ((), options | {"hidden_states": hidden})
+
+        return hook
+
+    blocks = find_blocks(whole, 4).blocks
+    hooks = [
+        block.register_forward_pre_hook(add(rows), with_kwargs=True)
+        for block, rows in zip(blocks, prompts, strict=True)
+    ]
+    cache = DynamicCache(config=whole.config)
+    try:
+        for count in WINDOWS:
+            window = ids[position : position + count]
+            hidden = head.embed(window, position)
+            for span, kv, rows in zip(spans, caches, (prompts[:3], prompts[3:]), strict=True):
+                hidden = span.forward(hidden, position, kv, rows)
+            with torch.inference_mode():
+                expected = whole(input_ids=torch.tensor([window]), past_key_values=cache, use_cache=True).logits[0]
+            assert torch.equal(head.logits(hidden), expected)
+            position += count
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -37,6 +37,10 @@ ROUTE = Route(
 )
 
 
+def prompts(length: int = 3, fill: int = 1, blocks: int = 2, width: int = WIDTH, dtype: str = "float32") -> Part:
+    return Part("prompts", dtype, (blocks, length, width), bytes([fill]) * (blocks * length * width * 4))
+
+
 class OpenDoor:
     """Admission that grants until told otherwise, and remembers what is held."""
 
@@ -156,9 +160,10 @@ class DriverScene:
     now: float = 100.0
     windows: int = 2
     window_bytes: int = 4096
+    prompts: Part | None = None
 
     def __post_init__(self) -> None:
-        settings = DriverSettings(SESSION, 1, DRIVER, (), MODEL, CLASS, 64, WIDTH, "float32")
+        settings = DriverSettings(SESSION, 1, DRIVER, (), MODEL, CLASS, 64, WIDTH, "float32", prompts=self.prompts)
         self.driver = Driver(settings)
         self.epoch = self.driver.open(self.route, self.now)
 

@@ -26,14 +26,16 @@ from blocks.protocol.messages import (
     Gap,
     Heartbeat,
     Leaving,
+    Open,
     Report,
     Result,
     SessionError,
     Window,
 )
 from overlay.errors import Blame, ConnectionLost
+from overlay.rpc.types import Part
 
-from .scenes import BOOT, CLASS, FIRST, MODEL, ROUTE, SESSION, STRANGER, DriverScene, hidden, wire
+from .scenes import BOOT, CLASS, FIRST, MODEL, ROUTE, SESSION, STRANGER, WIDTH, DriverScene, hidden, wire
 
 LATER = Epoch(1, 9)
 EARLIER = Epoch(1, 0)
@@ -109,6 +111,33 @@ def test_late_messages_of_an_epoch_that_was_left_are_ignored(kind: str) -> None:
 
 
 # --- ready ---
+
+
+def test_every_hop_gets_the_deep_prompts_of_its_own_blocks_in_every_epoch() -> None:
+    rows = b"".join(bytes([block]) * (3 * WIDTH * 4) for block in range(6))
+    scene = DriverScene(prompts=Part("prompts", "float32", (6, 3, WIDTH), rows))
+
+    def opened() -> list[Part | None]:
+        commands = scene.driver.poll_commands()
+        orders = [wire(command.message) for command in commands if isinstance(command, SendControl)]
+        return [order.prompts for order in orders if isinstance(order, Open)]
+
+    expected = [
+        Part("prompts", "float32", (2, 3, WIDTH), rows[part * len(rows) // 3 : (part + 1) * len(rows) // 3])
+        for part in range(3)
+    ]
+    assert opened() == expected
+    scene.driver.open(ROUTE, scene.now)
+    assert opened() == expected
+
+
+def test_ready_may_take_as_long_as_deep_prompts_take_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "OPEN_BYTES_PER_S_MIN", 96)  # 1 s for 2 blocks of 3 rows
+    scene = DriverScene(prompts=Part("prompts", "float32", (6, 3, WIDTH), bytes(6 * 3 * WIDTH * 4)))
+    scene.wait(limits.READY_DEADLINE_S + 0.7)
+    assert scene.driver.poll_events() == []
+    scene.wait(0.7)
+    assert [type(event) for event in scene.driver.poll_events()] == [RouteLost]
 
 
 def test_ready_first_copies_of_all_hops_let_windows_flow() -> None:

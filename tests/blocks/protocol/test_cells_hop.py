@@ -24,6 +24,7 @@ from blocks.protocol.messages import (
     Window,
 )
 from blocks.protocol.session_errors import SessionFault
+from overlay.rpc.types import Part
 
 from .scenes import (
     BOOT,
@@ -36,6 +37,7 @@ from .scenes import (
     edges,
     jobs,
     passed_on,
+    prompts,
     said,
 )
 
@@ -71,6 +73,53 @@ def test_open_first_copy_at_the_last_hop_dials_the_driver() -> None:
     scene = HopScene(index=2)
     (edge,) = edges(scene.say(scene.order()))
     assert (edge.peer, edge.addresses, edge.to_driver) == (DRIVER, ("/ip4/127.0.0.1/tcp/9",), True)
+
+
+def test_open_first_copy_with_deep_prompts_gives_them_to_windows_that_begin_below_their_length() -> None:
+    scene = HopScene()
+    scene.say(scene.order(prompts=prompts(3)))
+    given = []
+    for turn, (position, tokens) in enumerate([(0, 2), (2, 2), (4, 1)], 1):
+        (job,) = jobs(scene.feed(scene.window(turn, position, tokens)))
+        given.append(job.prompts)
+        scene.finish(job)
+    assert given == [prompts(3), prompts(3), None]
+
+
+@pytest.mark.parametrize("wrong", [prompts(width=8), prompts(dtype="int32")])
+def test_open_first_copy_with_prompts_that_are_no_boundary_leaves_nothing(wrong: Part) -> None:
+    scene = HopScene()
+    assert codes(scene.say(scene.order(prompts=wrong))) == ["bad-window"]
+    assert (scene.door.held, scene.hops.session_count) == ([], 0)
+
+
+def test_open_first_copy_beyond_a_driver_s_room_for_prompts_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PROMPTS_BYTES_PER_DRIVER_MAX", 2 * prompts().size_bytes - 1)
+    scene = HopScene()
+    scene.say(scene.order(prompts=prompts()))
+    assert codes(scene.say(scene.order(prompts=prompts(), session=b"t" * 16), channel="other"), "other") == ["busy"]
+    # In a new epoch of its own session they take the place of the former ones.
+    assert codes(scene.say(scene.order(E2, prompts=prompts()), channel="second"), "second") == []
+    assert not scene.hops.has_room_for_prompts(DRIVER, prompts().size_bytes)
+    assert scene.hops.has_room_for_prompts(STRANGER, prompts().size_bytes)
+
+
+def test_open_first_copy_is_turned_away_by_its_header_alone() -> None:
+    scene = HopScene()
+    header = scene.order().to_message(DRIVER, scene.peer)
+    scene.hops.turn_away(header, DRIVER, "control")
+    assert codes(scene.poll()) == ["busy"]
+    scene.hops.turn_away(replace(header, kind="close"), DRIVER, "control")
+    assert scene.poll() == [CloseChannel("control", "bad-message")]
+
+
+def test_open_duplicate_with_the_same_prompts_is_ready_and_with_others_a_conflict() -> None:
+    scene = HopScene()
+    scene.say(scene.order(prompts=prompts(3)))
+    (again,) = said(scene.say(scene.order(prompts=prompts(3)), channel="again"), "again")
+    assert isinstance(again, Ready)
+    for other in (prompts(3, fill=2), prompts(2), None):
+        assert codes(scene.say(scene.order(prompts=other), channel="other"), "other") == ["conflict"]
 
 
 def test_open_first_copy_of_a_newer_epoch_drops_kv_and_journal() -> None:

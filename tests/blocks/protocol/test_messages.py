@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from hashlib import sha256
+
 import pytest
 
+from blocks.protocol import limits
 from blocks.protocol.decoding import decode
 from blocks.protocol.messages import (
     RESERVED_KINDS,
@@ -74,7 +78,6 @@ def test_it_comes_back_from_the_wire(message: Envelope) -> None:
     ("message", "field", "value"),
     [
         (0, "route", []),
-        (0, "route", [[FIRST, [], 1, 2]]),
         (0, "route", [[FIRST, [], 0, 2], [FIRST, [], 3, 4]]),
         (0, "route", [[FIRST, [], 0, 1]] * 65),
         (0, "driver", ["x" * 257]),
@@ -102,6 +105,41 @@ def test_a_field_out_of_bounds_is_a_bad_message(message: int, field: str, value:
     good = MESSAGES[message].to_message(FIRST, DRIVER)
     with pytest.raises(BadMessage):
         decode(Message(good.kind, {**good.header, field: value}, good.parts))
+
+
+PROMPTS = Part("prompts", "float32", (2, 1, 4), bytes(32))
+OPEN = MESSAGES[0]
+assert isinstance(OPEN, Open)
+
+
+def test_an_open_carries_prompts_and_knows_them_by_their_digest() -> None:
+    order = replace(OPEN, prompts=PROMPTS)
+    found = decode(order.to_message(FIRST, DRIVER))
+    assert isinstance(found, Open)
+    assert found.prompts == PROMPTS
+    assert found == replace(order, prompts_digest=sha256(bytes(32)).digest()) != OPEN
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (PROMPTS, PROMPTS),
+        (replace(PROMPTS, name="hidden"),),
+        (replace(PROMPTS, shape=(1, 2, 4)),),
+        (replace(PROMPTS, shape=(1, 8)),),
+        (replace(PROMPTS, shape=(2, 0, 4), data=b""),),
+        (replace(PROMPTS, data=bytes(31)),),
+    ],
+)
+def test_prompts_that_are_not_the_hop_s_blocks_are_a_bad_message(parts: tuple[Part, ...]) -> None:
+    with pytest.raises(BadMessage):
+        decode(replace(OPEN.to_message(FIRST, DRIVER), parts=parts))
+
+
+def test_prompts_over_their_limit_are_a_bad_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "OPEN_PROMPTS_BYTES_MAX", 31)
+    with pytest.raises(BadMessage, match="at most 31"):
+        decode(replace(OPEN, prompts=PROMPTS).to_message(FIRST, DRIVER))
 
 
 def test_an_unknown_kind_is_a_bad_message() -> None:
