@@ -26,6 +26,8 @@ from overlay.identity import Identity, PeerId
 from overlay.multiaddr import Multiaddr
 from overlay.ports import Ports, Randomness, WallClock
 from overlay.transport.tcp import ListenError
+from peerd.adapters.adapter import shape_of
+from peerd.adapters.store import AdapterStore
 from peerd.announcer import Announcer
 from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
@@ -47,6 +49,9 @@ from peerd.store import (
     save_port,
 )
 from peerd.swarm import KnownModel, Swarm, UnknownModel
+from peerd.training.jobs import Jobs
+from peerd.training.run import TrainedModel
+from peerd.training.workshop import NodeWorkshop
 from peerd.version import VERSION
 from routing.types import Span
 
@@ -106,6 +111,9 @@ class Node:
         self.calls = BatchCaller(self._host, self._call_service, self._swarm, ports.clock, ports.randomness)
         self._pool: DecoderPool | None = None
         self.hidden_sessions = HiddenSessions()
+        self.adapters = AdapterStore(config.paths.state_dir / "adapters")
+        workshop = NodeWorkshop(ports.clock, device, self.calls, self._open_trained, self.adapters)
+        self.jobs = Jobs(config.paths.state_dir / "jobs", workshop, ports.wall_clock)
 
     # --- life ---
 
@@ -114,6 +122,7 @@ class Node:
         incarnation = next_incarnation(self._storage)
         try:
             async with AsyncExitStack() as stack:
+                self.jobs.load()
                 await stack.enter_async_context(serving(self, self.config.paths.socket))
                 await stack.enter_async_context(self._host)
                 await self._listen()
@@ -151,6 +160,7 @@ class Node:
                     self._serve(new_network=new_network),
                     self._remember_peers(),
                     self._announcer.keep_told(self._models.measure),
+                    self.jobs.run(),
                 )
             ]
             stack.push_async_callback(_cancel_all, tasks)
@@ -304,6 +314,14 @@ class Node:
             functools.partial(self._start, drivable),
         )
 
+    async def _open_trained(self, name: str | None) -> TrainedModel:
+        """What a training job needs of a model. Raises as `open_model`."""
+        known = await self._find(name)
+        drivable = await self._models.drivable(known)
+        model_name = self._swarm.name_of(known.manifest.model)
+        shape = shape_of(model_name, known.blocks, known.manifest.config, drivable.driver)
+        return TrainedModel(shape, drivable.driver, drivable.codec)
+
     async def block_model(self, name: str | None) -> BlockModel:
         """See `NodeView.block_model`."""
         known = await self._find(name)
@@ -350,6 +368,7 @@ class Node:
         metrics.watch("sessions_served", "Sessions that hold KV here.", lambda: hops.session_count)
         metrics.watch("windows_done", "Windows computed here.", lambda: hops.statistics().windows_done)
         metrics.watch("device_queue", "Jobs waiting for the device.", lambda: device.queue_depth)
+        metrics.watch("device_jobs_done", "Jobs that the device has done.", lambda: device.step_count)
         metrics.watch("connections", "Peers connected.", lambda: len(self._host.connections()))
         metrics.watch("dht_contacts", "Contacts in the routing table.", lambda: len(dht.known_peers()))
         metrics.watch("kv_bytes", "KV memory reserved.", lambda: self._models.admission.budget.used_bytes)

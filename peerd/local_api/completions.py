@@ -7,6 +7,7 @@ cancels the handler, which leaves the `Generation`, which frees every hop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -52,8 +53,9 @@ class EventStream:
             await self._response.write(piece)
 
     async def finish(self) -> web.StreamResponse:
-        """End the answer in good order."""
-        await self._response.write_eof()
+        """End the answer in good order; a reader that left after the last event has what it wants."""
+        with contextlib.suppress(ConnectionError):
+            await self._response.write_eof()
         return self._response
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 from aiohttp import BodyPartReader, web
@@ -20,6 +21,8 @@ from peerd.training import limits
 from peerd.training.jobs import Job
 from peerd.training.settings import parse_settings
 
+log = logging.getLogger(__name__)
+
 UPLOADS_MAX = 2
 """Datasets that are taken in at once, since each is held in memory until it is checked."""
 HOW = "send multipart/form-data with the parts settings (JSON) and dataset (JSONL)."
@@ -32,7 +35,7 @@ class JobPaths:
         self._node = node
         self._uploads = 0
         self._watchers = 0
-        self._stopping = asyncio.Event()
+        self._stopping = False
 
     def routes(self) -> list[web.RouteDef]:
         """Every path and method."""
@@ -47,7 +50,10 @@ class JobPaths:
 
     def cancel_all(self) -> None:
         """End every event stream: the daemon stops, and its jobs go on when it is started again."""
-        self._stopping.set()
+        self._stopping = True
+        if self._watchers:
+            for job in self._node.jobs.list():
+                job.tell()
 
     async def _list(self, http: web.Request) -> web.StreamResponse:
         return json_response({"jobs": [job.document() for job in self._node.jobs.list()]})
@@ -87,32 +93,26 @@ class JobPaths:
         self._watchers += 1
         try:
             await self._watch(job, stream)
+        except ConnectionError:
+            log.debug("somebody stopped watching %s", job.name)
         finally:
             self._watchers -= 1
-        return await stream.finish()
+        return await stream.finish() if stream.begun else web.Response()
 
     async def _watch(self, job: Job, stream: EventStream) -> None:
         """Send what happens, and at least something every `QUIET_S`, up to the end of the job or of the daemon."""
-        events = job.events()
-        async with asyncio.TaskGroup() as group:
-            stopping = group.create_task(self._stopping.wait(), name="watch for the stop")
-            while True:
-                coming = group.create_task(anext(events, None), name=f"watch {job.name}")
-                while not coming.done() and not stopping.done():
-                    _, pending = await asyncio.wait(
-                        {coming, stopping}, timeout=QUIET_S, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    if len(pending) == 2:
-                        await stream.send(KEEP_ALIVE)
-                document = coming.result() if coming.done() else None
-                coming.cancel()
-                if document is None:
-                    break
-                await stream.send(_event("progress", document))
-                if job.record.state.is_final:
-                    await stream.send(_event("end", job.document()))
-                    break
-            stopping.cancel()
+        while not self._stopping:
+            news = job.news
+            await stream.send(_event("progress", job.document()))
+            if job.record.state.is_final:
+                await stream.send(_event("end", job.document()))
+                return
+            while not news.is_set():
+                try:
+                    async with asyncio.timeout(QUIET_S):
+                        await news.wait()
+                except TimeoutError:
+                    await stream.send(KEEP_ALIVE)
 
 
 def _event(kind: str, document: dict[str, Any]) -> bytes:

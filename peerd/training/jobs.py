@@ -39,7 +39,8 @@ class Job:
         self.progress = Progress()
         self.task: asyncio.Task[None] | None = None
         self.cancelling = False
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()
+        """Set at the next change; there is a new one after that."""
 
     @property
     def name(self) -> str:
@@ -90,13 +91,13 @@ class Job:
 
     def tell(self) -> None:
         """Wake whoever watches."""
-        self._news.set()
-        self._news = asyncio.Event()
+        self.news.set()
+        self.news = asyncio.Event()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The document now and at every change, up to the one with a final state. A slow reader misses some in between."""
         while True:
-            news = self._news
+            news = self.news
             document = self.document()
             yield document
             if self.record.state.is_final:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from blocks.engine.errors import DeviceBusy
@@ -146,7 +146,9 @@ class Trainer:
                 self._model, self._span, batch, keep_tape=True, wait_s=self._wait_s
             )
             lost = await self._run(LossJob(key, output, micro.labels, SUM))
-            found = await self._blocks.backward(self._model, self._span, tape, _there(lost.hidden), wait_s=self._wait_s)
+            found = await self._blocks.backward(
+                self._model, self._span, tape, replace(_there(lost.hidden), name="grad"), wait_s=self._wait_s
+            )
             embedded = await self._run(EmbedBackwardJob(key, micro.tokens, prefix, found.hidden))
             gradients = {PREFIX: _there(embedded.prompts)}
             if PROMPTS in values:

@@ -64,8 +64,12 @@ class NodeWorkshop:
     clock: Clock
     device: DeviceThread
     blocks: CountedBlocks
-    open_trained: OpenTrained
+    opening: OpenTrained
     adapters: AdapterStore
+
+    async def open_trained(self, name: str | None) -> TrainedModel:
+        """Raises PeerdError: a retryable one, or ``unknown-model``, while the model is not there yet."""
+        return await self.opening(name)
 
     def servers_lost(self) -> int:
         """Of this node's calls, so far."""
