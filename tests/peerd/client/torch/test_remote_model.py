@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -53,14 +53,15 @@ class Swarm:
 
     def wait_sessions(self, count: int) -> None:
         """Until the servers hold KV for as many sessions: freeing them is told, not waited for."""
-        gauge = re.compile(r"^peerd_sessions_served (\S+)", re.MULTILINE)
+        servers = (self.first.socket_path, self.second.socket_path)
+        wait_until(lambda: sum(figure(server, "sessions_served") for server in servers) == count, 10.0)
 
-        def held(path: Path) -> float:
-            matched = gauge.search(Client(path).metrics())
-            assert matched is not None
-            return float(matched.group(1))
 
-        wait_until(lambda: held(self.first.socket_path) + held(self.second.socket_path) == count, 10.0)
+def figure(socket_path: Path, name: str) -> float:
+    """One of a daemon's metrics."""
+    matched = re.search(rf"^peerd_{name} (\S+)", Client(socket_path).metrics(), re.MULTILINE)
+    assert matched is not None
+    return float(matched.group(1))
 
 
 @dataclass
@@ -431,13 +432,23 @@ def test_a_long_batch_is_spread_over_both_servers_and_survives_losing_one_on_its
     swarm: Swarm, pairs: dict[str, Pair]
 ) -> None:
     pair = pairs["llama"]
-    ids = torch.randint(1, 256, (48, 64))
+    ids = torch.randint(1, 256, (48, 64))  # three micro-batches
     gradients = []
-    for model in (pair.local, pair.remote):
+
+    def gradient(model: Any, between: Callable[[], None]) -> None:
         embeds = pair.embed(ids).requires_grad_()
         loss = model(inputs_embeds=embeds, labels=ids).loss
-        if model is pair.remote:
-            swarm.second.kill()
+        between()
         loss.backward()
         gradients.append(embeds.grad)
+
+    def lose_the_second() -> None:
+        assert figure(swarm.second.socket_path, "device_jobs_done") > before["second"]
+        before["first"] = figure(swarm.first.socket_path, "device_jobs_done")
+        swarm.second.kill()
+
+    before = {"second": figure(swarm.second.socket_path, "device_jobs_done")}
+    gradient(pair.local, lambda: None)
+    gradient(pair.remote, lose_the_second)
     same_gradients(gradients[1], gradients[0])
+    assert figure(swarm.first.socket_path, "device_jobs_done") >= before["first"] + 3
