@@ -201,6 +201,11 @@ def test_what_a_model_is_and_what_lies_outside_its_blocks_are_told(client: Clien
         client.call("GET", "/api/v0/models/x")
 
 
+def test_a_hub_s_name_is_one_part_of_a_path(client: Client, node: TensorNode) -> None:
+    node.names = ("org/other",)
+    assert client.call("GET", "/api/v0/models/org%2Fother")["name"] == "org/other"
+
+
 def nan(shape: tuple[int, ...], value: float = np.nan) -> Tensor:
     values = np.zeros(shape, np.float32)
     values[-1, -1, -1] = value
