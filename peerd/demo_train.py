@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks.demo_training.greetings import GREETING, jsonl
-from peerd.client import Client
+from peerd.client import Client, ClientError
 from peerd.client.jobs import create_job, watch_job
 from peerd.demo import CLIENT, EXIT_DIFFERENT, EXIT_OK, Demo, main
 from peerd.loopback import DaemonFailed
@@ -25,7 +25,7 @@ SETTINGS = {
     "method": "prompt",
     "length": 16,
     "lr": 0.1,
-    "epochs": 8,
+    "epochs": 6,
     "batch": 8,
     "micro_batch": 256,
     "seed": 1,
@@ -50,6 +50,12 @@ class TrainDemo(Demo):
         self._start_swarm(directory)
         client = Client(self._daemon(CLIENT).socket_path)
         self._wait_complete(client)
+        try:
+            return self._play(client)
+        except ClientError as error:
+            raise DaemonFailed(f"{error}\n{self._daemon(CLIENT).log_tail()}") from error
+
+    def _play(self, client: Client) -> int:
         self._answers(client, "the model as it is", {})
         job = self._train(client)
         self._answers(client, f"with the adapter {NAME}", {"adapter": NAME})
