@@ -120,13 +120,17 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return make_tiny(request.param, tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def device(directory: Path) -> InlineDevice:
+def device_of(directory: Path, dtype: str = "float32") -> InlineDevice:
     source = resolve(str(directory), directory / "cache")
     runner = Runner()
-    runner.install_span("m", load_span(source, 0, BLOCKS))
-    runner.install_head("m", load_head(source))
+    runner.install_span("m", load_span(source, 0, BLOCKS, dtype=dtype))
+    runner.install_head("m", load_head(source, dtype=dtype))
     return InlineDevice(runner)
+
+
+@pytest.fixture(scope="module")
+def device(directory: Path) -> InlineDevice:
+    return device_of(directory)
 
 
 def recorder(*, deep: bool = False) -> Recorder:
@@ -137,8 +141,8 @@ def recorder(*, deep: bool = False) -> Recorder:
     return Recorder(parts)
 
 
-def trainer(blocks: LocalBlocks, micro_batch_tokens: int = 40) -> Trainer:
-    model = DriverModel("m", b"\x01" * 32, ComputeClass("none", "float32"), WIDTH, 128)
+def trainer(blocks: LocalBlocks, micro_batch_tokens: int = 40, dtype: str = "float32") -> Trainer:
+    model = DriverModel("m", b"\x01" * 32, ComputeClass("none", dtype), WIDTH, 128)
     plan = make_plan(len(EXAMPLES), batch=5, epochs=1, seed=0, eval_split=0.25)
     return Trainer(
         blocks.device,
@@ -198,6 +202,20 @@ def test_loss_and_gradients_equal_those_of_plain_autograd(directory: Path, devic
         ours = torch.tensor(widened(learner.gradients[name]))
         assert value.grad.abs().max() > 1e-3
         torch.testing.assert_close(ours, value.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_in_bfloat16_is_near_that_in_float32_and_its_gradients_are_float32(
+    directory: Path, device: InlineDevice
+) -> None:
+    exact, near = recorder(deep=True), recorder(deep=True)
+    expected = asyncio.run(trainer(LocalBlocks(device)).step(0, exact, 0.1))
+    half = LocalBlocks(device_of(directory, "bfloat16"))
+    found = asyncio.run(trainer(half, dtype="bfloat16").step(0, near, 0.1))
+    assert found.loss == pytest.approx(expected.loss, rel=0.02)
+    for name, part in near.gradients.items():
+        assert part.dtype == "float32"
+        ours, theirs = widened(part).ravel(), widened(exact.gradients[name]).ravel()
+        assert np.dot(ours, theirs) > 0.98 * np.linalg.norm(ours) * np.linalg.norm(theirs)
 
 
 def test_the_evaluation_is_the_mean_over_the_tokens_of_the_held_out_examples(
