@@ -15,6 +15,7 @@ PARTS = {
     "engine": "benchmarks.engine_steps",
     "hops": "benchmarks.ring_hops",
     "swarm": "benchmarks.swarm_steps",
+    "training": "benchmarks.training_steps",
     "footprint": "benchmarks.footprint",
 }
 ON_REQUEST = {"streams": "benchmarks.overlay_streams"}
