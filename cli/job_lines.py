@@ -77,7 +77,7 @@ def progress_line(job: dict[str, Any], cells: tuple[str, str]) -> str:
         parts.append(f"{progress['tokens_per_s']:.0f} tokens/s")
         parts.append(f"{duration(progress['eta_s'])} left")
     parts += [counted(progress["skipped"], "step") + " skipped"] if progress["skipped"] else []
-    parts += [counted(progress["server_losses"], "server") + " lost"] if progress["server_losses"] else []
+    parts += [counted(progress["server_losses"], "lost call") + " repeated"] if progress["server_losses"] else []
     if job["state"] != "running":
         parts.append(job["state"] + (f": {shown(job['reason'])}" if job["reason"] else ""))
     return "  ".join(parts)

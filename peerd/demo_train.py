@@ -104,8 +104,11 @@ class TrainDemo(Demo):
         self.say()
         self.step(
             f"loss on {EXAMPLES // 10} answers that were never trained on: {before:.3f} before, {after:.3f} after "
-            f"({100 * (1 - after / before):.0f} % less); {progress['steps']} steps, none lost, "
-            f"{progress['server_losses']} server(s) lost"
+            f"({100 * (1 - after / before):.0f} % less)"
+        )
+        self.say(
+            f"          {progress['steps']} steps, none lost; {VICTIM} was killed, and {progress['server_losses']} calls "
+            "that it had were repeated elsewhere"
         )
         fallen: bool = after < FALLEN_SHARE * before
         return fallen

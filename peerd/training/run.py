@@ -75,7 +75,7 @@ class Workshop(Protocol):
 
     def make_trainer(self, model: TrainedModel, settings: JobSettings, dataset: Dataset, plan: Plan) -> Trainer: ...
     def servers_lost(self) -> int:
-        """How many servers calls of this node have lost so far."""
+        """How many calls of this node were lost with their server so far."""
 
     def has_adapter(self, name: str) -> bool: ...
     async def keep_adapter(
@@ -86,7 +86,10 @@ class Workshop(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """What people see of a run. ``loss`` is the last step's; ``skipped`` counts steps that were not finite."""
+    """What people see of a run. ``loss`` is the last step's; ``skipped`` counts steps that were not finite.
+
+    ``server_losses`` counts calls that were lost with their server, and repeated elsewhere.
+    """
 
     step: int = 0
     steps: int = 0

@@ -72,7 +72,7 @@ class NodeWorkshop:
         return await self.opening(name)
 
     def servers_lost(self) -> int:
-        """Of this node's calls, so far."""
+        """How many calls were lost with their server so far."""
         return self.blocks.servers_lost
 
     def has_adapter(self, name: str) -> bool:

@@ -219,7 +219,7 @@ def job_at(step: int, state: str = "running", **progress: Any) -> dict[str, Any]
 def test_the_line_has_what_a_person_looks_for() -> None:
     line = progress_line(job_at(5, skipped=2, server_losses=1), ("#", "."))
     assert line == (
-        "############............  50 %  step 5/10  loss 1.500  812 tokens/s  1:15 left  2 steps skipped  1 server lost"
+        "############............  50 %  step 5/10  loss 1.500  812 tokens/s  1:15 left  2 steps skipped  1 lost call repeated"
     )
     assert duration(3725) == "1:02:05"
 
