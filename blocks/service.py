@@ -63,12 +63,13 @@ class _Inbound:
 
     def __init__(self, service: SpanService, stream: Stream, identity: Identity, *, is_data: bool) -> None:
         self._service = service
+        self.origin = stream.remote_peer.multihash
+        self.coming_bytes = 0
+        """Deep prompts that were let in, and are on their way."""
+        # What came already is decoded as soon as there is a channel.
         admit = None if is_data else self._admit
         self._channel = MessageChannel(stream, identity, verify_first=not is_data, admit=admit)
         self._is_data = is_data
-        self.origin = self._channel.remote_peer
-        self.coming_bytes = 0
-        """Deep prompts that were let in, and are on their way."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel.set_receiver(self)
 
@@ -215,9 +216,13 @@ class SpanService:
         if fields.get("k") == "open" and self._hops.has_room_for_prompts(channel.origin, coming):
             return True
         header = Message(str(fields.get("k")), fields, (), channel.origin, self._self_peer)
-        self._hops.turn_away(header, channel.origin, channel)
-        self._execute()
+        asyncio.get_running_loop().call_soon(self._turn_away, header, channel)
         return False
+
+    def _turn_away(self, header: Message, channel: _Inbound) -> None:
+        if not self._stopped:
+            self._hops.turn_away(header, channel.origin, channel)
+            self._execute()
 
     def control_received(self, message: Message, channel: _Inbound) -> None:
         """A driver's word, verified."""

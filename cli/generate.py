@@ -55,6 +55,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, metavar="K", help="sample only from the K likeliest tokens")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (repeatable)")
+    parser.add_argument("--adapter", metavar="NAME", help="an adapter to generate with; `peerctl adapters` lists them")
     parser.add_argument("--raw", action="store_true", help="no chat template: go on from the prompt as it is")
     parser.add_argument("--json", action="store_true", help="print the whole answer as one JSON object at its end")
     add_connection_flags(parser)
@@ -78,7 +79,7 @@ def _prompt(given: str | None) -> str:
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    names = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "adapter")
     return {name: value for name in names if (value := getattr(flags, name)) is not None}
 
 

@@ -7,6 +7,7 @@ import sys
 from cli.dispatch import Command, dispatch
 
 COMMANDS = {
+    "adapters": Command("cli.adapters", "the adapters of this machine: list, remove"),
     "generate": Command("cli.generate", "continue or answer a prompt, as a stream"),
     "jobs": Command("cli.jobs", "training jobs: list, watch, cancel, resume"),
     "status": Command("cli.status", "the daemon: its id, addresses, models, sessions"),

@@ -7,12 +7,13 @@ list on the next route, so that the caller sees a pause and the same text. Route
 from __future__ import annotations
 
 import asyncio
+from array import array
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from blocks.protocol.commands import Output, RouteReady
-from blocks.protocol.device import Device, EmbedJob, JobPriority, JobResult, SampleJob
+from blocks.protocol.device import Device, EmbedBatchJob, EmbedJob, JobPriority, JobResult, SampleJob
 from blocks.protocol.messages import Epoch
 from blocks.sampling_params import SamplingParams
 from blocks.service import SpanService
@@ -20,7 +21,7 @@ from blocks.session_directory import SessionDirectory
 from overlay.errors import PeerdError
 from overlay.host import Host
 from overlay.ports import Clock, Randomness
-from overlay.rpc.types import Part
+from overlay.rpc.types import DTYPE_BYTES, Part
 from peerd.driving import DriverModel, Planner, RouteWish, SessionRoute, Surroundings
 from routing.types import Route
 
@@ -45,7 +46,12 @@ class DecodeListener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """What is asked of a session. ``wait_s`` bounds each time that it has to wait for servers."""
+    """What is asked of a session. ``wait_s`` bounds each time that it has to wait for servers.
+
+    Attributes:
+        prefix: (length, d_embedding), in front of the prompt; it takes positions, and is no part of history or usage.
+        prompts: (blocks, length, d_model) in the compute dtype, added before each block at the first positions.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
@@ -54,6 +60,8 @@ class DecodeRequest:
     ignore_eos: bool = False
     want_logits: bool = False
     wait_s: float = 60.0
+    prefix: Part | None = None
+    prompts: Part | None = None
 
 
 @dataclass(slots=True)
@@ -133,9 +141,12 @@ class Decode:
         self._ended = False
         self._sampling = False
         self._embedding = False
-        self._next_position = 0
+        self._offset = 0 if request.prefix is None else request.prefix.shape[0]
+        """Where the first token stands: behind the prefix."""
+        self._embedded_tokens = 0
         self._chunk_tokens = PREFILL_TOKENS
-        wish = RouteWish(model, len(request.prompt) + request.max_new_tokens, request.wait_s)
+        most = self._offset + len(request.prompt) + request.max_new_tokens
+        wish = RouteWish(model, most, request.wait_s, prompts=request.prompts)
         self._route = SessionRoute(pool.around, wish, self)
         self.session = self._route.session
 
@@ -176,7 +187,7 @@ class Decode:
 
     def route_ready(self, ready: RouteReady) -> None:
         self._chunk_tokens = min(PREFILL_TOKENS, ready.window_tokens)
-        self._next_position = 0
+        self._embedded_tokens = 0
         self._embedding = False
         self._embed_more()
 
@@ -196,7 +207,7 @@ class Decode:
             self._embed_more()
             return
         position = output.position + output.tokens
-        if position != len(self.tokens) or self._sampling:
+        if position != self._offset + len(self.tokens) or self._sampling:
             return
         self._sampling = True
         request = self._request
@@ -220,13 +231,18 @@ class Decode:
         epoch = self._route.flowing
         if self._embedding or epoch is None or self._sampling:
             return
-        start = self._next_position
+        start = self._embedded_tokens
         if start >= len(self.tokens) or (start > 0 and self._route.room == 0):
             return
         chunk = tuple(self.tokens[start : start + self._chunk_tokens])
-        priority = JobPriority.PREFILL if len(chunk) > 1 else JobPriority.DECODE
         self._embedding = True
-        job = EmbedJob(self._model.key, chunk, start, priority)
+        prefix = self._request.prefix
+        if start == 0 and prefix is not None:
+            ids = Part("tokens", "int32", (1, len(chunk)), array("i", chunk).tobytes())
+            job: EmbedJob | EmbedBatchJob = EmbedBatchJob(self._model.key, ids, prefix, JobPriority.PREFILL)
+        else:
+            priority = JobPriority.PREFILL if len(chunk) > 1 else JobPriority.DECODE
+            job = EmbedJob(self._model.key, chunk, self._offset + start, priority)
         self._device.submit((job,), lambda result: self._embedded(epoch, result))
 
     def _embedded(self, epoch: Epoch, result: JobResult) -> None:
@@ -236,13 +252,25 @@ class Decode:
         if result.error is not None or result.hidden is None:
             self._end("error", result.error)
             return
-        assert isinstance(result.job, EmbedJob)
-        self._submit(result.hidden, result.job.position, len(result.job.tokens))
+        if isinstance(result.job, EmbedBatchJob):
+            self._submit_with_prefix(result.hidden)
+        elif isinstance(result.job, EmbedJob):
+            self._submit(result.hidden, result.job.position, len(result.job.tokens))
         self._embed_more()
 
+    def _submit_with_prefix(self, hidden: Part) -> None:
+        """The prefix and the first tokens, (1, positions, d_model), in windows that the route takes."""
+        _, count, width = hidden.shape
+        row_bytes = width * DTYPE_BYTES[hidden.dtype]
+        data = memoryview(hidden.data).cast("B")
+        for start in range(0, count, self._chunk_tokens):
+            end = min(count, start + self._chunk_tokens)
+            rows = Part("hidden", hidden.dtype, (end - start, width), data[start * row_bytes : end * row_bytes])
+            self._submit(rows, start, end - start)
+
     def _submit(self, hidden: Part, position: int, count: int) -> None:
-        self._next_position = position + count
-        is_last = self._next_position == len(self.tokens)
+        self._embedded_tokens = max(0, position + count - self._offset)
+        is_last = self._embedded_tokens == len(self.tokens)
         self._route.submit(hidden, position, count, "last" if is_last else "none")
 
     def _sampled(self, result: JobResult) -> None:
@@ -267,7 +295,7 @@ class Decode:
         elif self._route.flowing is None or self._route.is_moving:
             self._route.leave()
         elif result.hidden is not None:
-            self._submit(result.hidden, len(self.tokens) - 1, 1)
+            self._submit(result.hidden, self._offset + len(self.tokens) - 1, 1)
 
     def _end(self, reason: str, error: PeerdError | None) -> None:
         if self._ended:

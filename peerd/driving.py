@@ -184,6 +184,7 @@ class SessionRoute:
             wish.max_tokens,
             wish.model.width,
             wish.model.compute_class.dtype,
+            prompts=wish.prompts,
         )
 
     # --- for the user ---

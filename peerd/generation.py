@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -20,6 +20,8 @@ from blocks.text_stream import TextStream
 from overlay.errors import Blame, PeerdError
 from overlay.multiaddr import encode_base58
 from overlay.rpc.types import Part
+from peerd.adapters.adapter import Adapter, ModelShape, SoftPrompt, soft_prompt
+from peerd.adapters.errors import WrongAdapter
 from peerd.decoding import DecodeListener, DecodeRequest
 from routing.types import Route
 
@@ -98,6 +100,8 @@ class TextModel:
     codec: TextCodec
     context_tokens: int
     start: StartDecode
+    shape: ModelShape | None = None
+    """What adapters have to fit; None: this model takes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class GenerationRequest:
         prompt: text, token ids, or a conversation (a sequence of messages).
         max_new_tokens: None: what fits, at most `DEFAULT_NEW_TOKENS_MAX`.
         wait_s: how long to wait, each time, for blocks that are loading or hops that are busy.
+        adapter: name of the adapter to generate with.
     """
 
     prompt: str | tuple[int, ...] | Sequence[Mapping[str, Any]]
@@ -116,6 +121,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     wait_s: float = 60.0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +213,14 @@ def room_for(model: TextModel, request: GenerationRequest, prompt_tokens: int) -
     return wanted
 
 
+def with_adapter(model: TextModel, adapter: Adapter) -> tuple[TextModel, SoftPrompt]:
+    """The model as it is with an adapter in front of its context. Raises WrongAdapter, BadAdapter."""
+    if model.shape is None:
+        raise WrongAdapter(f"{model.name} takes no adapters.")
+    soft = soft_prompt(adapter, model.shape)
+    return replace(model, context_tokens=model.context_tokens - soft.length), soft
+
+
 class Generation:
     """One answer: ``async with Generation(...) as generation: async for event in generation``.
 
@@ -217,8 +231,11 @@ class Generation:
         PeerdError: why the session failed, once all text before it has been given.
     """
 
-    def __init__(self, model: TextModel, request: GenerationRequest, prompt: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: TextModel, request: GenerationRequest, prompt: tuple[int, ...], soft: SoftPrompt | None = None
+    ) -> None:
         self._model = model
+        self._soft = soft
         self._request = request
         self._prompt = prompt
         self._text = TextStream(model.codec, request.stop)
@@ -237,7 +254,7 @@ class Generation:
         return b"" if self._decode is None else self._decode.session
 
     async def __aenter__(self) -> Self:
-        request = self._request
+        request, soft = self._request, self._soft
         decode_request = DecodeRequest(
             prompt=self._prompt,
             params=request.params,
@@ -245,6 +262,8 @@ class Generation:
             stop_tokens=self._model.codec.end_token_ids,
             ignore_eos=request.ignore_eos,
             wait_s=request.wait_s,
+            prefix=None if soft is None else soft.prefix,
+            prompts=None if soft is None else soft.prompts,
         )
         self._decode = self._model.start(decode_request, self)
         return self

@@ -307,11 +307,13 @@ class Node:
         """See `NodeView.open_model`."""
         known = await self._find(name)
         drivable = await self._models.drivable(known)
+        name = self._swarm.name_of(known.manifest.model)
         return TextModel(
-            self._swarm.name_of(known.manifest.model),
+            name,
             drivable.codec,
             drivable.driver.max_positions,
             functools.partial(self._start, drivable),
+            shape_of(name, known.blocks, known.manifest.config, drivable.driver),
         )
 
     async def _open_trained(self, name: str | None) -> TrainedModel:

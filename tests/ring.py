@@ -171,7 +171,7 @@ class Ring:
 
     def __init__(self, directory: Path | str, *, threads: bool = False, traced: bool = False) -> None:
         self.source: ModelSource = resolve(str(directory))
-        self.width: int = self.source.config["hidden_size"]
+        self.width: int = self.source.config.get("hidden_size") or self.source.config["n_embd"]
         self._threads = threads
         self._traced = traced
         self._count = 0
@@ -237,7 +237,8 @@ class Ring:
         return await driver.stack.enter_async_context(pool)
 
     def model(self) -> DriverModel:
-        positions = self.source.config["max_position_embeddings"]
+        config = self.source.config
+        positions = config.get("max_position_embeddings") or config["n_positions"]
         return DriverModel(KEY, id_of(self.source), CLASS, self.width, positions)
 
 

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blocks.protocol.limits import OPEN_PROMPTS_BYTES_MAX
 from overlay.rpc.types import Part
-from peerd.adapters.errors import WrongAdapter
+from peerd.adapters.errors import BadAdapter, WrongAdapter
 from peerd.driving import DriverModel
+from peerd.training.gradients import narrowed
+from routing.types import ComputeClass
 
 PROMPT, DEEP_PROMPT = "prompt", "deep-prompt"
 _ID_DIGITS = 12
@@ -107,3 +110,25 @@ def require_fit(adapter: Adapter, model: ModelShape) -> None:
         raise WrongAdapter(
             f"The adapter {adapter.name} takes {rows} positions, and the context of {model.name} is {model.context_tokens}."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """An adapter as a session takes it: ``length`` positions of ``prefix``, and ``prompts`` in the compute dtype."""
+
+    length: int
+    prefix: Part | None
+    prompts: Part | None
+
+
+def soft_prompt(adapter: Adapter, model: ModelShape) -> SoftPrompt:
+    """What a session of ``model`` gets of an adapter. Raises WrongAdapter, BadAdapter."""
+    require_fit(adapter, model)
+    dtype = ComputeClass.parse(model.compute_class).dtype
+    prompts = None if adapter.prompts is None else narrowed(adapter.prompts, dtype)
+    if prompts is not None and prompts.size_bytes > OPEN_PROMPTS_BYTES_MAX:
+        raise BadAdapter(
+            f"The deep prompts of {adapter.name} take {prompts.size_bytes >> 20} MiB, and servers take {OPEN_PROMPTS_BYTES_MAX >> 20}; "
+            "train shorter ones."
+        )
+    return SoftPrompt(adapter.length, adapter.prefix, prompts)

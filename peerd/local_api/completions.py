@@ -16,7 +16,20 @@ from typing import Any
 from aiohttp import web
 
 from overlay.errors import PeerdError
-from peerd.generation import QUIET_S, Delta, Done, Event, Generation, Quiet, Stopping, TextModel, Waiting, encode_prompt
+from peerd.adapters.adapter import SoftPrompt
+from peerd.generation import (
+    QUIET_S,
+    Delta,
+    Done,
+    Event,
+    Generation,
+    Quiet,
+    Stopping,
+    TextModel,
+    Waiting,
+    encode_prompt,
+    with_adapter,
+)
 from peerd.local_api import replies
 from peerd.local_api.errors import MalformedJson, RequestTooLarge, TooManyRequests
 from peerd.local_api.limits import BODY_BYTES_MAX, GENERATIONS_MAX, OPEN_RETRY_S
@@ -99,10 +112,10 @@ class Completions:
         stream = EventStream(http) if request.stream else None
         started = asyncio.get_running_loop().time()
         try:
-            model = await self._opened(request, stream)
+            model, soft = await self._adapted(await self._opened(request, stream), request.generation.adapter)
             now_s = self._node.wall_clock.now_s()
             prompt = await asyncio.to_thread(encode_prompt, model, request.generation, now_s)
-            async with self._generation(model, request, prompt) as generation:
+            async with self._generation(model, request, prompt, soft) as generation:
                 writer = replies.CompletionWriter(request, generation.session.hex(), int(now_s), model.name)
                 seen = _Seen(self._node.metrics, model.name, started)
                 if stream is None:
@@ -114,6 +127,13 @@ class Completions:
             await stream.send(replies.failure(error))
         assert stream is not None
         return await stream.finish()
+
+    async def _adapted(self, model: TextModel, name: str | None) -> tuple[TextModel, SoftPrompt | None]:
+        """The model with the adapter of that name in front. Raises UnknownAdapter, BadAdapter, WrongAdapter."""
+        if name is None:
+            return model, None
+        adapter = await asyncio.to_thread(self._node.adapters.load, name)
+        return await asyncio.to_thread(with_adapter, model, adapter)
 
     async def _opened(self, request: CompletionRequest, stream: EventStream | None) -> TextModel:
         """The model, ready to be driven.
@@ -150,9 +170,9 @@ class Completions:
 
     @asynccontextmanager
     async def _generation(
-        self, model: TextModel, request: CompletionRequest, prompt: tuple[int, ...]
+        self, model: TextModel, request: CompletionRequest, prompt: tuple[int, ...], soft: SoftPrompt | None
     ) -> AsyncIterator[Generation]:
-        async with Generation(model, request.generation, prompt) as generation:
+        async with Generation(model, request.generation, prompt, soft) as generation:
             self._running[id(generation)] = generation
             try:
                 yield generation

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overlay.ports import Randomness, WallClock
+from peerd.adapters.store import AdapterStore
 from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
 from peerd.decoding import DriverModel
@@ -107,6 +108,8 @@ class NodeView(Protocol):
 
     @property
     def jobs(self) -> Jobs: ...
+    @property
+    def adapters(self) -> AdapterStore: ...
     @property
     def hidden_sessions(self) -> HiddenSessions:
         """Sessions that are fed hidden states."""

@@ -31,7 +31,7 @@ SEED_BITS = 53
 
 _OURS = (
     "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "ignore_eos", "return_token_ids", "stream", "stream_options", "timeout",
+    "frequency_penalty", "repetition_penalty", "adapter", "ignore_eos", "return_token_ids", "stream", "stream_options", "timeout",
 )  # fmt: skip
 _IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls")
 
@@ -89,6 +89,7 @@ def parse_completion(body: Mapping[str, Any], *, is_chat: bool, drawn_seed: int)
         stop=_stop(body.get("stop")),
         ignore_eos=_field(body, "ignore_eos", bool, False),
         wait_s=_number(body, "timeout", DEFAULT_WAIT_S, 0.0, WAIT_S_MAX),
+        adapter=_field(body, "adapter", str, "") or None,
     )
     model = _field(body, "model", str, "")
     if len(model) > MODEL_NAME_CHARS_MAX:

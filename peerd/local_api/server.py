@@ -18,6 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from overlay.errors import PeerdError
 from peerd.local_api import replies
+from peerd.local_api.adapters import AdapterPaths
 from peerd.local_api.completions import Completions, json_response
 from peerd.local_api.errors import (
     Forbidden,
@@ -106,6 +107,7 @@ class LocalApi:
         self.tensors = Tensors(node, bodies)
         self.sessions = SessionPaths(node, bodies)
         self.jobs = JobPaths(node)
+        self.adapters = AdapterPaths(node)
 
     def application(self) -> web.Application:
         """Every path and method there is."""
@@ -123,6 +125,7 @@ class LocalApi:
                 *self.tensors.routes(),
                 *self.jobs.routes(),
                 *self.sessions.routes(),
+                *self.adapters.routes(),
             ]
         )
         return application

@@ -200,7 +200,7 @@ def test_failures_are_a_sentence_and_a_code(
         (["generate", "x", "--top-k", "many"], 2, "--top-k"),
         (["generate", "   "], 2, "The prompt is empty"),
         (["generate", ""], 2, "The prompt is empty"),
-        (["frobnicate"], 2, "there are generate, "),
+        (["frobnicate"], 2, "there are adapters, "),
         (["status", "--frob"], 2, "--frob"),
     ],
 )

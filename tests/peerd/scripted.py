@@ -16,6 +16,8 @@ from pathlib import Path
 from blocks.demo import MODEL_DIRECTORY
 from blocks.text import TextCodec
 from overlay.errors import Blame, PeerdError
+from peerd.adapters.adapter import ModelShape
+from peerd.adapters.store import AdapterStore
 from peerd.decoding import DecodeListener, DecodeRequest
 from peerd.generation import TextModel
 from peerd.hidden_sessions import HiddenSessions
@@ -158,9 +160,11 @@ class ScriptedNode:
     on_stop: Callable[[], None] = lambda: None
     broken: bool = False
     pending_opens: int = 0
+    adapters_directory: Path = Path("/nonexistent")
 
     def __post_init__(self) -> None:
         self.hidden_sessions = HiddenSessions()
+        self.adapters = AdapterStore(self.adapters_directory)
         self.metrics = Metrics("0.0-test", "12D3KooWtest")
         self.wall_clock = SystemWallClock()
         self.randomness = SystemRandomness()
@@ -184,7 +188,8 @@ class ScriptedNode:
         return decode
 
     def model(self, name: str = "demo") -> TextModel:
-        return TextModel(name, self.codec, self.context_tokens, self.start)
+        shape = ModelShape(name, MODEL_ID, "none/float32/sdpa/1", 12, 4, 4, 2, self.context_tokens)
+        return TextModel(name, self.codec, self.context_tokens, self.start, shape)
 
     def status(self) -> Status:
         if self.broken:
