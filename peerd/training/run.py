@@ -278,7 +278,7 @@ class Run:
                 if not error.retryable and error.code not in also:
                     raise
                 if not waiting:
-                    log.warning("job %s waits: %s", self._settings.name, error)
+                    log.info("job %s waits: %s", self._settings.name, error)
                 waiting = True
                 self._told.waits(str(error))
                 await asyncio.sleep(limits.RETRY_S)

@@ -1,6 +1,6 @@
 """Training jobs on real daemons: killed, served by others, and the same to the last bit.
 
-One swarm serves the module, since starting daemons is what costs: a server of all blocks, and a client that trains.
+One swarm serves the module, since starting daemons is what costs: three servers, which the tests lose one by one, and a client that trains.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from blocks.demo_training.greetings import jsonl
 from peerd.client.jobs import create_job, get_job, watch_job
-from peerd.loopback import start_daemon, stop_all
+from peerd.loopback import Daemon, start_daemon, stop_all
 from tests.e2e.processes import Network, wait_until
 
 SETTINGS = {
@@ -37,8 +37,17 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     made = Network(tmp_path_factory.mktemp("training"))
     try:
         made.start("server", "--model", "demo", "--serve-blocks", "0:12")
+        join = ("--join", made.daemons[0].join_address)
+        others = [
+            start_daemon(name, made.directory / name, "--model", "demo", "--serve-blocks", span, *join)
+            for name, span in (("left", "0:7"), ("right", "5:12"))
+        ]
+        made.daemons += others
         start_client(made)
-        wait_until(lambda: made.replicas("demo", 12) == [1] * 12)
+        for daemon in others:
+            made.by_name[daemon.name] = daemon
+            daemon.wait_ready()
+        wait_until(lambda: min(made.replicas("demo", 12)) == 2)
         yield made
     finally:
         stop_all(made.daemons)
@@ -102,38 +111,31 @@ def test_a_job_goes_on_after_kill_9_of_its_daemon_as_if_nothing_had_been(network
     assert max(abs(one - other) for one, other in zip(calm, losses(network, "killed"), strict=True)) < 1e-4
 
 
-def test_more_servers_and_the_loss_of_one_change_no_bit(network: Network, calm: list[float]) -> None:
-    for name, span in (("left", "0:7"), ("right", "5:12")):
-        network.start(name, "--model", "demo", "--serve-blocks", span)
-    wait_until(lambda: min(network.replicas("demo", 12)) >= 2)
-
+def test_fewer_servers_and_the_loss_of_one_change_no_bit(network: Network, calm: list[float]) -> None:
     def kill_one(job: dict[str, Any]) -> None:
-        if job["progress"]["step"] >= KILL_AT and network.by_name["left"].process.poll() is None:
-            network.by_name["left"].kill()
+        if job["progress"]["step"] >= KILL_AT and network.by_name["server"].process.poll() is None:
+            network.by_name["server"].kill()
 
     train(network, "spread", kill_one)
-    assert network.by_name["left"].process.poll() is not None
+    assert network.by_name["server"].process.poll() is not None
     assert losses(network, "spread") == calm
 
 
 def test_a_job_waits_for_blocks_that_are_gone_and_goes_on_when_they_are_back(
     network: Network, calm: list[float]
 ) -> None:
-    def lose_all(job: dict[str, Any]) -> None:
+    def lose_some(job: dict[str, Any]) -> None:
         states.append(job["state"])
-        if job["progress"]["step"] >= 2 and not gone:
-            gone.append(True)
-            for name in ("server", "right"):
-                network.by_name[name].kill()
-        if job["state"] == "waiting" and len(gone) == 1:
-            gone.append(True)
-            directory = network.directory / "again"
+        if job["progress"]["step"] >= 2 and network.by_name["left"].process.poll() is None:
+            network.by_name["left"].kill()
+        if job["state"] == "waiting" and not again:
             join = ("--join", network.by_name["client"].join_address)
-            network.add(start_daemon("server", directory, "--model", "demo", "--serve-blocks", "0:12", *join))
+            again.append(start_daemon("again", network.directory, "--model", "demo", "--serve-blocks", "0:5", *join))
+            network.add(again[0])
 
     states: list[str] = []
-    gone: list[bool] = []
-    train(network, "waited", lose_all)
+    again: list[Daemon] = []
+    train(network, "waited", lose_some)
     assert "waiting" in states
     assert losses(network, "waited") == calm
     assert get_job(network.client(), "waited")["state"] == "done"
