@@ -110,6 +110,7 @@ class _Work:
     key: str
     pieces: list[tuple[int, int]]
     results: list[JobResult | None] = field(default_factory=list)
+    begun: int = 0
     done: int = 0
 
 
@@ -152,9 +153,10 @@ class CallService:
                 return
             header = {**message.header, "nonce": inbound.nonce, "call": inbound.call}
             fresh = replace(message, header=header, recipient=b"", header_bytes=None, signature=None)
-            await inbound.channel.send_and_drain(fresh, end=True)
+            async with asyncio.timeout(UPLOAD_S + inbound.size_bytes / UPLOAD_BYTES_PER_S):
+                await inbound.channel.send_and_drain(fresh, end=True)  # resets its stream when it is out of time
             inbound.channel.close()
-        except PeerdError as error:
+        except (PeerdError, TimeoutError) as error:
             log.debug("an answer to a call could not be sent: %s", error)
         finally:
             self.lost(inbound)
@@ -171,14 +173,14 @@ class CallService:
             if inbound.request is None and self._clock.now() - started > upload_s:
                 return None
             if inbound.admitted.is_set():
-                finished, pieces = self._progress_of(inbound)
-                header = {"call": inbound.call, "nonce": inbound.nonce, "done": finished, "of": pieces}
+                begun, pieces = self._progress_of(inbound)
+                header = {"call": inbound.call, "nonce": inbound.nonce, "begun": begun, "of": pieces}
                 inbound.channel.send(Message(calls.PROGRESS, header))
 
     def _progress_of(self, channel: _Channel) -> tuple[int, int]:
         for number, work in self._work.items():
             if channel in self._table.channels_of(number):
-                return work.done, len(work.pieces)
+                return work.begun, len(work.pieces)
         return 0, 0
 
     def admit(self, inbound: _Inbound, decoded_bytes: int) -> CallFault | None:
@@ -190,9 +192,10 @@ class CallService:
                 "too-large", f"A call has at most {calls.CALL_BYTES_MAX >> 20} MiB; send fewer rows at once."
             )
         count = self._streams.get(inbound.peer, 0)
-        if count >= CALLS_PER_PEER or self._bytes + 2 * decoded_bytes > CALLS_BYTES:
+        size_bytes = calls.reserved_bytes(decoded_bytes)
+        if count >= CALLS_PER_PEER or self._bytes + size_bytes > CALLS_BYTES:
             return CallFault("busy", "This server has as many calls as it takes; try again soon.", BUSY_RETRY_S)
-        inbound.size_bytes = 2 * decoded_bytes
+        inbound.size_bytes = size_bytes
         self._streams[inbound.peer] = count + 1
         self._bytes += inbound.size_bytes
         return None
@@ -271,6 +274,7 @@ class CallService:
                 return
             number, piece = taken
             self._on_device += 1
+            self._work[number].begun += 1
             self._device.submit((self._job(self._work[number], piece),), self._done_with(number, piece))
 
     def _job(self, work: _Work, piece: int) -> ForwardJob | BackwardJob:

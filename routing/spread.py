@@ -21,16 +21,17 @@ class Spread:
 
     def __init__(self) -> None:
         self._busy_s: dict[bytes, float] = {}
+        self._level_s: dict[int, float] = {}  # by first block: what the last who was chosen for it had
         self._rate: dict[bytes, float] = {}
 
     def choose(self, servers: Sequence[SpanRecord], block: int, end: int, tokens: int) -> SpanRecord:
         """The server, among ``servers`` that all have ``block``, to take ``tokens`` from there as far as it goes, and charge it."""
-        floor = min((self._busy_s[server.peer] for server in servers if server.peer in self._busy_s), default=0.0)
-        for (
-            server
-        ) in servers:  # newcomers, and who was away, enter at the least of the others: tried soon, and not flooded
-            self._busy_s[server.peer] = max(floor, self._busy_s.get(server.peer, floor))
+        known = (self._busy_s[server.peer] for server in servers if server.peer in self._busy_s)
+        level = max(self._level_s.get(block, 0.0), min(known, default=0.0))
+        for server in servers:  # newcomers, and who was away, enter at the others' level: tried soon, and not flooded
+            self._busy_s[server.peer] = max(level, self._busy_s.get(server.peer, level))
         chosen = min(servers, key=lambda server: (self._busy_s[server.peer], -min(end, server.span.end), server.peer))
+        self._level_s[block] = self._busy_s[chosen.peer]
         blocks = min(end, chosen.span.end) - block
         self._busy_s[chosen.peer] += tokens * blocks / self.rate(chosen)
         while len(self._busy_s) > SERVERS_REMEMBERED:

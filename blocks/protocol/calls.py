@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgpack
 
@@ -27,6 +25,7 @@ OUTPUT, GRADIENTS, PROGRESS, ERROR = "output", "gradients", "progress", "error"
 CALL_ID_BYTES = 16
 CALL_TOKENS_MAX = 16384
 CALL_BYTES_MAX = 128 << 20
+CALL_OVERHEAD_BYTES = 4096
 MODEL_ID_BYTES = 32
 _MASK_VALUES = b"\x00\x01"
 _PARTS = ("hidden", "mask", "positions", "prompts", "grad")
@@ -178,9 +177,9 @@ def check_against(request: CallRequest, offer: Offer) -> None:
             raise CallFault("bad-request", f"Positions are from 0 to {offer.max_positions - 1}.")
 
 
-def announced_bytes(header: Mapping[str, Any], decoded_bytes: int) -> int:
-    """What a call takes at its server, from its header and the sizes of its parts: the request, and an answer as large."""
-    return 2 * decoded_bytes + (len(header) << 6)
+def reserved_bytes(decoded_bytes: int) -> int:
+    """What a call takes at its server, from the sizes of its parts: the request, an answer as large, and what a call takes at all."""
+    return 2 * decoded_bytes + CALL_OVERHEAD_BYTES
 
 
 def expected_parts(request: CallRequest) -> dict[str, tuple[str, tuple[int, ...]]]:

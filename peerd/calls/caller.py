@@ -42,6 +42,8 @@ AVOID_S = 20.0
 BUSY_S = 0.5
 LOOK_S = 0.5
 ATTEMPTS_MAX = 1000
+LOST_MAX = 64
+"""Servers whose loss gives a call new time to wait."""
 MODELS_MAX = 64
 
 
@@ -93,7 +95,7 @@ class BatchCaller:
         self._spreads: dict[ModelId, Spread] = {}
         self._self_peer = host.peer_id.multihash
         self.servers_lost = 0
-        """Calls that ended with their server's loss, so far."""
+        """Calls that lost their server, so far; a call that loses several counts several times."""
 
     async def forward(
         self, model: DriverModel, span: Span, batch: Batch, *, keep_tape: bool = False, wait_s: float = 60.0
@@ -195,23 +197,25 @@ class BatchCaller:
 
         Raises when waiting can't help.
         """
-        deadline = self._clock.now() + job.wait_s
-        for _ in range(ATTEMPTS_MAX):
-            server = await self._server_for(job, span, hidden, backward=grad is not None, deadline=deadline)
-            if server is None:
-                return None
-            run = Span(span.start, min(span.end, server.span.end))
-            batch = section_batch(job.batch, job.whole, run, hidden, start, stop)
-            try:
-                async with job.turns:
+        async with job.turns:  # before a server is chosen: who it is follows from what is known when the call begins
+            deadline = self._clock.now() + job.wait_s
+            lost: list[bytes] = []
+            for _ in range(ATTEMPTS_MAX):
+                server = await self._server_for(job, span, hidden, backward=grad is not None, deadline=deadline)
+                if server is None:
+                    return None
+                run = Span(span.start, min(span.end, server.span.end))
+                batch = section_batch(job.batch, job.whole, run, hidden, start, stop)
+                try:
                     answer = await self._ask(job, server, run, batch, grad)
-            except PeerdError as error:
-                self._failed(job, server, error)
-                if self._clock.now() > deadline:
-                    raise
-                continue
-            return answer, Section(run, hidden, server.peer)
-        raise CallFault("busy", "No server answered the call; try again later.")
+                except PeerdError as error:
+                    if self._failed(job, server, error, lost):
+                        deadline = self._clock.now() + job.wait_s  # what it computed until then was no waiting
+                    elif self._clock.now() > deadline:
+                        raise
+                    continue
+                return answer, Section(run, hidden, server.peer)
+            raise CallFault("busy", "No server answered the call; try again later.")
 
     async def _ask(self, job: _Job, server: SpanRecord, run: Span, batch: Batch, grad: Part | None) -> Message:
         model = job.model
@@ -229,24 +233,31 @@ class BatchCaller:
         self._planner.praise((server.peer,))
         return answer
 
-    def _failed(self, job: _Job, server: SpanRecord, error: PeerdError) -> None:
-        """Leave the server alone for a while, and say whose fault it was. Raises what no other server can help with."""
+    def _failed(self, job: _Job, server: SpanRecord, error: PeerdError, lost: list[bytes]) -> bool:
+        """Leave the server alone for a while, and say whose fault it was; True: the call lost it for the first time.
+
+        Raises what no other server can help with.
+        """
         if error.blame in (Blame.US, Blame.USER) and not error.retryable:
             raise error
         now = self._clock.now()
         after = error.retry_after_s if isinstance(error, CallFault) else None
         if error.code in ("busy", "draining"):
             job.avoided[server.peer] = now + (after or BUSY_S)
-            return
+            return False
         if error.code in ("conflict", "call-expired"):
-            return  # a new id is all that it takes
+            return False  # a new id is all that it takes
         log.info("a call to %s failed: %s", server.peer.hex()[-6:], error)
         job.avoided[server.peer] = now + AVOID_S
-        if server.peer == self._self_peer:
-            return
-        self.servers_lost += 1
+        if server.peer == self._self_peer or error.code in ("not-served", "wrong-class"):
+            return False  # its record is older than what it does
         if error.blame is not Blame.US:
             self._planner.blame(server.peer, error)
+        if server.peer in lost or len(lost) >= LOST_MAX:
+            return False
+        lost.append(server.peer)
+        self.servers_lost += 1
+        return True
 
     async def _server_for(
         self, job: _Job, span: Span, hidden: Part, *, backward: bool, deadline: float

@@ -14,7 +14,7 @@ from blocks.call_service import TENSORS_PROTOCOL, fault_of_error
 from blocks.protocol import calls
 from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import CallRequest
-from overlay.errors import PeerdError, ProtocolViolation
+from overlay.errors import InvalidAddress, PeerdError, ProtocolViolation
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
@@ -41,7 +41,7 @@ class _Ears:
         self.heard = False
         self.heard_at = now
         self.moved_at = now
-        self.done = 0
+        self._begun = 0
 
     def message_received(self, message: Message) -> None:
         now = asyncio.get_running_loop().time()
@@ -51,10 +51,11 @@ class _Ears:
         if message.header.get("nonce") != self._nonce or message.header.get("call") != self._call:
             self._fail(ProtocolViolation("A server answered another call than it was asked."))
         elif message.kind == calls.PROGRESS:
-            done = message.header.get("done")
-            if done != self.done or not done:  # a call that waits its turn is not lost
+            begun = message.header.get("begun")
+            begun = begun if isinstance(begun, int) else 0
+            if begun > self._begun or not begun:  # a call that waits its turn is not lost
                 self.moved_at = now
-            self.done = done if isinstance(done, int) else 0
+            self._begun = max(self._begun, begun)
         elif message.kind == calls.ERROR:
             self._fail(fault_of_error(message))
         else:
@@ -66,6 +67,13 @@ class _Ears:
     def _fail(self, error: PeerdError) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
+
+    def ignore(self) -> None:
+        """Whatever came is not asked for any more."""
+        if self.answer.done():
+            self.answer.exception()
+        else:
+            self.answer.cancel()
 
     def overdue(self, now: float, queued_bytes: int) -> CallFault | None:
         """Whether the server is lost, by what it said."""
@@ -82,9 +90,9 @@ class _Ears:
 async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request: CallRequest) -> Message:
     """One call. Raises CallFault, ProtocolViolation or the overlay's errors. Cancel-safe: the stream is reset."""
     stream: Stream = await host.open_stream(
-        PeerId.from_bytes(peer),
+        _named(peer),
         TENSORS_PROTOCOL,
-        addresses=[Multiaddr.parse(address) for address in addresses],
+        addresses=_readable(addresses),
         priority=Priority.BULK,
         timeout_s=OPEN_TIMEOUT_S,
     )
@@ -94,6 +102,7 @@ async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request
     channel = MessageChannel(stream, host.identity, message_bytes_max=calls.CALL_BYTES_MAX + HEADER_BYTES_MAX)
     channel.set_receiver(ears)
     message = request.to_message()
+    answered = False
     try:
         try:
             channel.send(replace(message, header={**message.header, "nonce": nonce}), end=True)
@@ -105,10 +114,30 @@ async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request
         if fault is not None:
             raise ProtocolViolation(f"A server answered a call with {fault}.")
         channel.close()
+        answered = True
         return answer
     finally:
-        if ears.answer.cancelled() or not ears.answer.done() or ears.answer.exception() is not None:
+        if not answered:
             channel.reset("given-up")
+            ears.ignore()
+
+
+def _named(peer: bytes) -> PeerId:
+    try:
+        return PeerId.from_bytes(peer)
+    except InvalidAddress:
+        raise CallFault("failed", "A server's record names no peer.") from None
+
+
+def _readable(addresses: Sequence[str]) -> list[Multiaddr]:
+    """Of what a record says, the addresses: the rest is its publisher's fault, and no error of ours."""
+    found = []
+    for address in addresses:
+        try:
+            found.append(Multiaddr.parse(address))
+        except InvalidAddress:
+            continue
+    return found
 
 
 async def _answer(ears: _Ears, stream: Stream) -> Message:

@@ -37,6 +37,17 @@ def test_a_newcomer_enters_at_the_least_of_the_others() -> None:
     assert got == {old.peer: 10, new.peer: 10}
 
 
+def test_one_that_was_away_is_not_flooded_with_what_it_missed() -> None:
+    steady, away = server("steady", "0:4", step_s=0.001), server("away", "0:4", step_s=0.001)
+    spread = Spread()
+    for _ in range(10):
+        spread.choose([steady, away], 0, 4, 16)
+    for _ in range(1000):
+        spread.choose([steady], 0, 4, 16)
+    got = Counter(spread.choose([steady, away], 0, 4, 16).peer for _ in range(20))
+    assert abs(got[away.peer] - 10) <= 1
+
+
 def test_of_equals_the_one_that_goes_further_is_taken() -> None:
     short, long = server("a", "0:2", step_s=0.001), server("b", "0:4", step_s=0.001)
     assert Spread().choose([short, long], 0, 4, 16) is long

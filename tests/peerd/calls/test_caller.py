@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,21 +253,87 @@ def test_a_server_that_takes_a_call_and_says_nothing_is_lost(model: Path, monkey
     run(model, work)
 
 
-def test_a_call_that_waits_its_turn_is_not_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("FIRST_WORD_S", 0.3), ("CALL_SILENCE_S", 0.3), ("CALL_STALL_S", 0.3), ("LOOK_S", 0.02)):
         monkeypatch.setattr(remote, name, seconds)
     monkeypatch.setattr(call_service, "PROGRESS_S", 0.02)
 
+
+def test_a_call_that_waits_its_turn_is_not_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+
     async def work(field: Field) -> None:
         server = await field.server(0, 4)
-        server.device.is_open = False
+        server.service._on_device = call_service.DEVICE_PIECES  # others' pieces have the device
         calling = asyncio.ensure_future(field.caller.forward(field.model, WHOLE, field.batch()))
-        await until(lambda: bool(server.device.held))
         done, _ = await asyncio.wait([calling], timeout=1.0)
-        assert not done
-        server.device.open()
+        assert not done and server.service.bytes_reserved and not server.device.jobs
+        server.service._on_device = 0
+        server.service._pump()
         await calling
         assert field.swarm.blamed == []
+        assert len(server.device.jobs) == 1
+
+    run(model, work)
+
+
+def test_a_call_that_stands_still_once_it_began_is_taken_elsewhere(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+
+    async def work(field: Field) -> None:
+        stuck = await field.server(0, 4)
+        stuck.device.is_open = False
+        spare = await field.server(0, 4, listed=False)
+        stuck.device.on_job = lambda job: field.swarm.records.append(spare.record)
+        output, _ = await field.caller.forward(field.model, WHOLE, field.batch())
+        assert any(data(output))
+        assert field.swarm.blamed == [(stuck.peer, "stalled")]
+        await until(lambda: stuck.service.bytes_reserved == 0)
+
+    run(model, work)
+
+
+def test_a_lost_server_leaves_a_call_its_time_to_wait_for_another(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+
+    async def work(field: Field) -> None:
+        stuck = await field.server(0, 4)
+        stuck.device.is_open = False
+        spare = await field.server(0, 4, listed=False)
+        stuck.device.on_job = lambda job: field.swarm.records.append(spare.record)
+        output, _ = await field.caller.forward(field.model, WHOLE, field.batch(), wait_s=0.05)
+        assert any(data(output)) and field.caller.servers_lost == 1
+
+    run(model, work)
+
+
+def test_a_record_that_has_no_readable_address_ends_no_batch(model: Path) -> None:
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        unreadable = replace(server.record, peer=b"\0", addresses=("nowhere",), prefill_s=0.0001)
+        field.swarm.records.insert(0, unreadable)
+        output, _ = await field.caller.forward(field.model, WHOLE, field.batch())
+        assert any(data(output))
+        assert field.swarm.blamed == [(b"\0", "failed")]
+
+    run(model, work)
+
+
+def test_a_call_without_parts_is_refused_and_holds_nothing(model: Path) -> None:
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        good = request_for(field, field.batch())
+
+        class Empty(CallRequest):
+            def to_message(self) -> Message:
+                return Message(good.kind, good.to_message().header)
+
+        request = Empty(good.kind, good.call, good.model, good.compute_class, good.span, good.batch)
+        with pytest.raises(CallFault, match="hidden is missing"):
+            await call_remote(field.client.host, server.peer, server.record.addresses, request)
+        await until(lambda: server.service.bytes_reserved == 0 and not server.service._streams)
 
     run(model, work)
 
