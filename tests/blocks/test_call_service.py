@@ -1,0 +1,139 @@
+"""The serving side of tensor calls: a node's own calls, leaving, callers that are slow, and how a call is cut into jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blocks import call_service
+from blocks.call_service import TENSORS_PROTOCOL
+from blocks.protocol import calls
+from blocks.protocol.call_errors import CallFault
+from blocks.protocol.calls import CallRequest
+from overlay.rpc.channel import MessageChannel
+from overlay.stream import Stream
+from peerd.calls.remote import call_remote
+from routing.types import Span
+from tests.models import make_tiny
+from tests.peerd.calls.field import Field, Server, data
+from tests.ring import CLASS, until
+
+WHOLE = Span(0, 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = make_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+    return directory
+
+
+def run(model: Path, work: Callable[[Field, Server], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), Field(model, len(WHOLE)) as field:
+            await work(field, await field.server(0, len(WHOLE)))
+
+    asyncio.run(main())
+
+
+def backward_of(field: Field, call: bytes = b"c" * 16) -> CallRequest:
+    batch = field.batch(prompts=len(WHOLE))
+    model = field.model.model
+    return CallRequest(calls.BACKWARD, call, model, str(CLASS), WHOLE, batch, field.grad(batch))
+
+
+async def stream_to(field: Field, server: Server) -> Stream:
+    addresses = server.node.host.addresses
+    return await field.client.host.open_stream(server.node.host.peer_id, TENSORS_PROTOCOL, addresses=addresses)
+
+
+def test_a_node_calls_itself_through_the_same_table(model: Path) -> None:
+    async def work(field: Field, server: Server) -> None:
+        request = backward_of(field)
+        answers = [await server.service.call_local(request) for _ in range(2)]
+        assert answers[0] is answers[1]
+        assert len(server.device.jobs) == 1
+        wired = await call_remote(field.client.host, server.peer, server.record.addresses, request)
+        assert [data(part) for part in wired.parts] == [data(part) for part in answers[0].parts]
+        assert len(server.device.jobs) == 2  # another peer's call, whatever its id
+
+    run(model, work)
+
+
+def test_a_server_that_leaves_takes_no_call_and_finishes_what_it_has(model: Path) -> None:
+    async def work(field: Field, server: Server) -> None:
+        def ask(call: bytes) -> Awaitable[object]:
+            host = field.client.host
+            return call_remote(host, server.peer, server.record.addresses, backward_of(field, call))
+
+        server.device.is_open = False
+        running = asyncio.ensure_future(ask(b"1" * 16))
+        await until(lambda: bool(server.device.held))
+        server.service.draining = True
+        with pytest.raises(CallFault) as caught:
+            await ask(b"2" * 16)
+        assert (caught.value.code, caught.value.retryable) == ("draining", True)
+        server.device.open()
+        await running
+
+    run(model, work)
+
+
+def test_gradients_of_prompts_are_summed_over_the_pieces_of_a_call(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(field: Field, server: Server) -> None:
+        whole = await server.service.call_local(backward_of(field, b"1" * 16))
+        monkeypatch.setattr(call_service, "pieces_of", lambda rows, tokens: [(row, row + 1) for row in range(rows)])
+        cut = await server.service.call_local(backward_of(field, b"2" * 16))
+        assert len(server.device.jobs) == 1 + 5
+        for one, other in zip(whole.parts, cut.parts, strict=True):
+            assert (one.name, one.shape) == (other.name, other.shape)
+            values = np.frombuffer(one.data, np.float32)
+            np.testing.assert_allclose(values, np.frombuffer(other.data, np.float32), rtol=1e-4, atol=1e-5)
+            assert np.abs(values).max() > 0.01
+
+    run(model, work)
+
+
+def test_a_request_whose_parts_never_come_gives_back_what_was_reserved(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_service, "UPLOAD_S", 0.1)
+    monkeypatch.setattr(call_service, "UPLOAD_BYTES_PER_S", 1 << 30)
+    monkeypatch.setattr(call_service, "PROGRESS_S", 0.02)
+
+    async def work(field: Field, server: Server) -> None:
+        stream = await stream_to(field, server)
+        channel = MessageChannel(stream, field.client.host.identity)
+        buffers: list[bytes] = []
+        stream.write_nowait = lambda *parts: buffers.extend(map(bytes, parts))  # type: ignore[method-assign]
+        message = backward_of(field).to_message()
+        channel.send(type(message)(message.kind, {**message.header, "nonce": bytes(16)}, message.parts))
+        del stream.write_nowait
+        stream.write_nowait(b"".join(buffers)[:-100])
+        await until(lambda: server.service.bytes_reserved > 0)
+        await until(lambda: server.service.bytes_reserved == 0)
+        await until(lambda: stream.error is not None)
+        assert server.device.jobs == []
+
+    run(model, work)
+
+
+def test_a_second_request_on_a_stream_ends_it_and_cancels_the_first(model: Path) -> None:
+    async def work(field: Field, server: Server) -> None:
+        server.device.is_open = False
+        stream = await stream_to(field, server)
+        channel = MessageChannel(stream, field.client.host.identity)
+        message = backward_of(field).to_message()
+        fresh = type(message)(message.kind, {**message.header, "nonce": bytes(16)}, message.parts)
+        channel.send(fresh)
+        await until(lambda: bool(server.device.held))
+        channel.send(fresh)
+        await until(lambda: stream.error is not None)
+        await until(lambda: server.service.bytes_reserved == 0 and not server.service._work)
+
+    run(model, work)
