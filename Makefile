@@ -33,7 +33,7 @@ types: $(STAMP) ## Strict types
 	$(BIN)/mypy
 
 unit: $(STAMP) ## Tests alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: lint types unit ## Lint, strict types and tests
 

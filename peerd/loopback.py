@@ -77,7 +77,8 @@ class Daemon:
             readable, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
             chunk = os.read(stdout.fileno(), READY_LINE_BYTES) if readable else b""
             if not chunk:
-                raise DaemonFailed(f"{self.name} was not ready within {timeout_s:.0f} s.\n{self.log_tail()}")
+                why = f"was not ready within {timeout_s:.0f} s" if not readable else "ended before it was ready"
+                raise DaemonFailed(f"{self.name} {why}.\n{self.log_tail()}")
             self._output += chunk
 
     def kill(self) -> None:

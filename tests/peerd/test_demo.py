@@ -6,25 +6,37 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
 from peerd.demo import EXIT_INTERRUPTED, _until_end, replicas_online
 
 
-def test_ctrl_c_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose sockets' paths are short enough for any system."""
+    with tempfile.TemporaryDirectory(prefix="pd-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+def test_ctrl_c_leaves_no_process_and_no_directory(short_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(short_path)}
     # One server is enough to interrupt, and costs a third.
     script = "import sys, peerd.demo as demo; demo.SPANS = demo.SPANS[:1]; sys.exit(demo.main())"
-    demo = subprocess.Popen(
+    printed: list[str] = []
+    with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-    )
-    assert demo.stdout is not None
-    with demo.stdout:
+    ) as demo:
+        assert demo.stdout is not None
         for line in demo.stdout:
+            printed.append(line.decode())
             if b"waiting until every block" in line:
                 break
+        assert demo.poll() is None, "".join(printed)
         started = psutil.Process(demo.pid).children()
         assert len(started) == 3, "a server, the client and the reference"
         demo.send_signal(signal.SIGINT)
@@ -33,7 +45,7 @@ def test_ctrl_c_leaves_no_process_and_no_directory(tmp_path: Path) -> None:
     assert rest.endswith("\ninterrupted; stopping the daemons\nthe daemons are stopped\n")
     assert "Traceback" not in rest
     assert [process for process in started if process.is_running()] == []
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
 def test_the_swarm_is_complete_when_the_middle_is_online_twice() -> None:

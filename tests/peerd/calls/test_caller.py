@@ -254,7 +254,7 @@ def test_a_server_that_takes_a_call_and_says_nothing_is_lost(model: Path, monkey
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("FIRST_WORD_S", 0.3), ("CALL_SILENCE_S", 0.3), ("CALL_STALL_S", 0.3), ("LOOK_S", 0.02)):
+    for name, seconds in (("FIRST_WORD_S", 0.8), ("CALL_SILENCE_S", 0.8), ("CALL_STALL_S", 0.8), ("LOOK_S", 0.02)):
         monkeypatch.setattr(remote, name, seconds)
     monkeypatch.setattr(call_service, "PROGRESS_S", 0.02)
 
@@ -266,7 +266,7 @@ def test_a_call_that_waits_its_turn_is_not_lost(model: Path, monkeypatch: pytest
         server = await field.server(0, 4)
         server.service._on_device = call_service.DEVICE_PIECES  # others' pieces have the device
         calling = asyncio.ensure_future(field.caller.forward(field.model, WHOLE, field.batch()))
-        done, _ = await asyncio.wait([calling], timeout=1.0)
+        done, _ = await asyncio.wait([calling], timeout=2.0)
         assert not done and server.service.bytes_reserved and not server.device.jobs
         server.service._on_device = 0
         server.service._pump()
