@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from blocks.protocol import calls
 from blocks.protocol.call_errors import CallFault
 from blocks.protocol.call_queue import CallQueue, pieces_of
 from blocks.protocol.call_table import Answer, Begin, CallCommand, CallTable, Drop
 from blocks.protocol.calls import CallRequest, Offer
 from blocks.protocol.device import BackwardJob, Device, ForwardJob, JobResult
+from blocks.protocol.part_lists import joined, summed
 from overlay.errors import PeerdError, ProtocolViolation
 from overlay.host import Host
 from overlay.ports import Clock
@@ -69,21 +68,21 @@ class _Inbound(_Channel):
         self.size_bytes = 0
         self.nonce = b""
         self.call: object = None
-        self.admitted = asyncio.Event()
+        self.has_header = False
         self.channel = MessageChannel(
             stream, service.host.identity, message_bytes_max=calls.CALL_BYTES_MAX + HEADER_BYTES_MAX, admit=self._admit
         )
         self.channel.set_receiver(self)
 
     def _admit(self, header: Mapping[str, Any], decoded_bytes: int) -> bool:
-        if self.admitted.is_set():
+        if self.has_header:
             self.settle(None)  # a second request on a stream ends it
             return False
         nonce = header.get("nonce")
         self.nonce = nonce if isinstance(nonce, bytes) and len(nonce) == NONCE_BYTES else b""
         self.call = header.get("call") if isinstance(header.get("call"), bytes) else None
         fault = self._service.admit(self, decoded_bytes)
-        self.admitted.set()
+        self.has_header = True
         if not self.nonce:
             self.settle(None)
             return False
@@ -172,7 +171,7 @@ class CallService:
             upload_s = UPLOAD_S + inbound.size_bytes / UPLOAD_BYTES_PER_S
             if inbound.request is None and self._clock.now() - started > upload_s:
                 return None
-            if inbound.admitted.is_set():
+            if inbound.has_header:
                 begun, pieces = self._progress_of(inbound)
                 header = {"call": inbound.call, "nonce": inbound.nonce, "begun": begun, "of": pieces}
                 inbound.channel.send(Message(calls.PROGRESS, header))
@@ -316,16 +315,7 @@ def _joined(work: _Work) -> tuple[Part, Part | None]:
     results = [result for result in work.results if result is not None]
     hidden = [result.hidden for result in results if result.hidden is not None]
     prompts = [result.prompts for result in results if result.prompts is not None]
-    whole = hidden[0]
-    if len(hidden) > 1:
-        data = b"".join(memoryview(part.data).cast("B") for part in hidden)
-        whole = Part("hidden", whole.dtype, work.request.batch.hidden.shape, data)
-    if len(prompts) < 2:
-        return whole, prompts[0] if prompts else None
-    total = np.frombuffer(prompts[0].data, np.float32).copy()
-    for part in prompts[1:]:
-        total += np.frombuffer(part.data, np.float32)
-    return whole, Part("prompts", "float32", prompts[0].shape, total.tobytes())
+    return joined("hidden", hidden), summed("prompts", prompts) if prompts else None
 
 
 def _fault_of(error: PeerdError | None) -> CallFault:

@@ -12,19 +12,18 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from blocks.call_service import CallService
 from blocks.protocol import calls
 from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import CALL_ID_BYTES, CallRequest, batch_rows
 from blocks.protocol.device import Batch
+from blocks.protocol.part_lists import joined, summed
 from overlay.errors import Blame, PeerdError
 from overlay.host import Host
 from overlay.ports import Clock, Randomness
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
 from peerd.calls.remote import call_remote
-from peerd.calls.tape import MicroTape, Section, Tape, joined, section_batch
+from peerd.calls.tape import MicroTape, Section, Tape, section_batch
 from peerd.decoding import DriverModel
 from routing.catalog import ModelView
 from routing.health import Health
@@ -136,7 +135,9 @@ class BatchCaller:
 
         done = await _all([back(micro) for micro in tape.micros])
         prompts = [gradients.prompts for gradients in done if gradients.prompts is not None]
-        return Gradients(joined("hidden", [gradients.hidden for gradients in done]), _summed(prompts))
+        return Gradients(
+            joined("hidden", [gradients.hidden for gradients in done]), summed("prompts", prompts) if prompts else None
+        )
 
     def tape_of(self, span: Span, batch: Batch) -> Tape:
         """The tape of a forward that wasn't run here: its backward recomputes what lies between servers, where it has to."""
@@ -325,16 +326,6 @@ class BatchCaller:
 
 def _part(answer: Message, name: str) -> Part:
     return next(part for part in answer.parts if part.name == name)
-
-
-def _summed(parts: Sequence[Part]) -> Part | None:
-    """The float32 sum, first to last."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    total = np.frombuffer(parts[0].data, np.float32).copy()
-    for part in parts[1:]:
-        total += np.frombuffer(part.data, np.float32)
-    return Part("prompts", "float32", parts[0].shape, total.tobytes())
 
 
 async def _all(works: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> list[Result]:

@@ -5,7 +5,6 @@ Any server can answer any backward from it, and one that is lost costs the recom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blocks.protocol.calls import batch_rows
@@ -63,12 +62,3 @@ def prompts_of(prompts: Part | None, whole: Span, span: Span) -> Part | None:
     first, last = span.start - whole.start, span.end - whole.start
     view = memoryview(prompts.data).cast("B")[first * block : last * block]
     return Part(prompts.name, prompts.dtype, (last - first, *prompts.shape[1:]), view)
-
-
-def joined(name: str, parts: Sequence[Part]) -> Part:
-    """Parts one after the other along their first dimension."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first if first.name == name else Part(name, first.dtype, first.shape, first.data, first.digest)
-    data = b"".join(memoryview(part.data).cast("B") for part in parts)
-    return Part(name, first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), data)
