@@ -6,7 +6,6 @@ on the disk: call it off the loop.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from peerd.adapters.adapter import Adapter, ModelShape
 from peerd.adapters.directory import CONFIG, OURS, PICKLE, TENSORS, Files, read_adapter, write_adapter
 from peerd.adapters.errors import AdapterExists, AdapterNotSaved, BadAdapter, UnknownAdapter
 from peerd.adapters.limits import ADAPTERS_LISTED_MAX, CONFIG_BYTES_MAX, NAME_CHARS_MAX, TENSORS_BYTES_MAX
+from peerd.durable import sync_directory, write_synced
 
 _NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{NAME_CHARS_MAX - 1}}}")
 _NEW, _OLD = ".new", ".old"
@@ -130,12 +130,12 @@ class AdapterStore:
                 shutil.rmtree(aside, ignore_errors=True)
             new.mkdir(mode=0o700)
             for file, data in ((TENSORS, files.tensors), (OURS, files.ours), (CONFIG, files.config)):
-                _write_synced(new / file, data or b"")
-            _sync(new)
+                write_synced(new / file, data or b"")
+            sync_directory(new)
             if final.exists():
                 final.rename(old)
             new.rename(final)
-            _sync(self._directory)
+            sync_directory(self._directory)
         except OSError as error:
             if old.exists() and not final.exists():
                 old.rename(final)
@@ -170,19 +170,3 @@ def _read(name: str, path: Path) -> Files:
 
     config, ours = data(CONFIG, CONFIG_BYTES_MAX), data(OURS, CONFIG_BYTES_MAX)
     return Files(config, data(TENSORS, TENSORS_BYTES_MAX), ours, (path / PICKLE).exists())
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peerd.durable import sync_directory, write_synced
 from peerd.training.errors import BadCheckpoint, CheckpointFailed
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,9})")
@@ -97,21 +97,3 @@ def _read(path: Path) -> Checkpoint:
     if hashlib.sha256(tensors).hexdigest() != digest:
         raise BadCheckpoint(f"{path} is damaged (its tensors are not those that were written); train again.")
     return Checkpoint(step, tensors, state)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file (mode 0600) and wait until it is on disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until the directory's entries are on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from peerd.training.checkpoint import ASIDE, sync_directory, write_synced
+from peerd.durable import sync_directory, write_synced
+from peerd.training.checkpoint import ASIDE
 from peerd.training.errors import BadSettings, CheckpointFailed
 from peerd.training.settings import JobSettings, parse_settings
 

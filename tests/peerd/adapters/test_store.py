@@ -240,7 +240,7 @@ def test_an_adapter_that_can_t_be_written_leaves_the_former_one(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peerd.adapters.store._write_synced", full)
+    monkeypatch.setattr("peerd.adapters.store.write_synced", full)
     with pytest.raises(AdapterNotSaved, match="No space left"):
         store.save_prompt("one", SHAPE, floats(LENGTH, WIDTH, seed=1), {}, replace=True)
     assert np.array_equal(numbers(store.load("one").prefix), numbers(floats(LENGTH, WIDTH)))
