@@ -122,6 +122,7 @@ class Node:
         incarnation = next_incarnation(self._storage)
         try:
             async with AsyncExitStack() as stack:
+                self.adapters.recover()
                 self.jobs.load()
                 await stack.enter_async_context(serving(self, self.config.paths.socket))
                 await stack.enter_async_context(self._host)
@@ -271,21 +272,23 @@ class Node:
             ServedModel(found.model.hex(), found.name, found.record.span, found.record.state.value, found.progress)
             for found in self._models.served()
         )
-        running = self._pool.running() if self._pool is not None else ()
+        decodes = self._pool.running() if self._pool is not None else ()
+        sessions = [self._session_view(decode, len(decode.output)) for decode in decodes]
+        sessions += [self._session_view(hidden, hidden.length) for hidden in self.hidden_sessions.running()]
         return Status(
             str(self.identity.peer_id),
             VERSION,
             state,
             tuple(map(str, self._host.addresses)),
             served,
-            tuple(map(self._session_view, running)),
+            tuple(sessions),
         )
 
-    def _session_view(self, decode: Decode) -> SessionView:
-        hops = decode.route.hops if decode.route is not None else ()
+    def _session_view(self, session: Decode | HiddenSession, tokens: int) -> SessionView:
+        hops = session.route.hops if session.route is not None else ()
         views = tuple(HopView(str(PeerId.from_bytes(hop.peer)), hop.span) for hop in hops)
-        name = self._swarm.name_of(decode.model.model)
-        return SessionView(decode.session.hex(), name, views, len(decode.output), decode.replays)
+        name = self._swarm.name_of(session.model.model)
+        return SessionView(session.session.hex(), name, views, tokens, session.replays)
 
     def swarm(self) -> tuple[SwarmModel, ...]:
         self._swarm.stay_fresh()

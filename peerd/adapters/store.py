@@ -6,6 +6,7 @@ on the disk: call it off the loop.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ from peerd.adapters.limits import ADAPTERS_LISTED_MAX, CONFIG_BYTES_MAX, NAME_CH
 from peerd.durable import sync_directory, write_synced
 
 _NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{NAME_CHARS_MAX - 1}}}")
-_NEW, _OLD = ".new", ".old"
-"""Prefixed by a dot, no name of an adapter."""
+_NEW, _OLD, _GONE = ".new", ".old", ".gone"
+"""Ends of directories that a save or a removal has under way; with the dot in front, no name of an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,27 @@ class AdapterStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+
+    def recover(self) -> None:
+        """Make good what a crash left, before anything else is asked of the store.
+
+        A replacement that was cut off between its two renames gives the former adapter its name back; all else is cleared away.
+        """
+        if not self._directory.is_dir():
+            return
+        try:
+            found = sorted(self._directory.iterdir())
+        except OSError:  # told to whoever asks for an adapter
+            return
+        for aside in found:
+            name = aside.stem.removeprefix(".")
+            if not aside.name.startswith(".") or aside.suffix not in (_NEW, _OLD, _GONE) or not _NAME.fullmatch(name):
+                continue
+            if aside.suffix == _OLD and not (self._directory / name).exists():
+                with contextlib.suppress(OSError):  # tried again at the next start
+                    aside.rename(self._directory / name)
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         """Whether the name is taken."""
@@ -68,7 +90,7 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Delete one. Raises UnknownAdapter, AdapterNotSaved."""
         path = self._path(name)
-        gone = self._directory / f".{name}{_OLD}"
+        gone = self._directory / f".{name}{_GONE}"
         try:
             shutil.rmtree(gone, ignore_errors=True)
             path.rename(gone)  # at once, whatever becomes of the files
@@ -109,9 +131,12 @@ class AdapterStore:
 
     def _info(self, name: str) -> AdapterInfo:
         path = self._directory / name
-        size_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        size_bytes = 0
         try:
+            size_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
             adapter = self.load(name)
+        except OSError as error:
+            return AdapterInfo(name, size_bytes, problem=f"The adapter {name} can't be read ({error.strerror}).")
         except (BadAdapter, UnknownAdapter) as error:
             return AdapterInfo(name, size_bytes, problem=str(error))
         rows = adapter.length or (0 if adapter.prompts is None else adapter.prompts.shape[1])

@@ -246,6 +246,64 @@ def test_an_adapter_that_can_t_be_written_leaves_the_former_one(
     assert np.array_equal(numbers(store.load("one").prefix), numbers(floats(LENGTH, WIDTH)))
 
 
+def test_a_replacement_cut_off_between_its_renames_gives_the_former_adapter_back(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept(store, tmp_path)
+    rename = Path.rename
+
+    class Killed(BaseException):
+        """As SIGKILL: nothing of the store runs afterwards."""
+
+    def dies_before_the_second(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies_before_the_second)
+        with pytest.raises(Killed):
+            store.save_prompt("one", SHAPE, floats(LENGTH, WIDTH, seed=1), {}, replace=True)
+    assert store.list() == ()
+    restarted = AdapterStore(tmp_path / "adapters")
+    restarted.recover()
+    assert np.array_equal(numbers(restarted.load("one").prefix), numbers(floats(LENGTH, WIDTH)))
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("left", [".one.new", ".one.old", ".two.new", ".two.gone"])
+def test_what_else_a_crash_left_is_cleared_away(store: AdapterStore, tmp_path: Path, left: str) -> None:
+    kept(store, tmp_path)
+    aside = tmp_path / "adapters" / left
+    shutil.copytree(tmp_path / "adapters" / "one", aside)
+    store.recover()
+    assert [info.name for info in store.list()] == ["one"]
+    assert not aside.exists()
+
+
+def test_recovery_leaves_alone_what_is_not_the_store_s(store: AdapterStore, tmp_path: Path) -> None:
+    store.recover()  # nothing there yet
+    kept(store, tmp_path)
+    (tmp_path / "adapters" / ".mine").mkdir()
+    shutil.copytree(tmp_path / "adapters" / "one", tmp_path / "adapters" / "two.old")  # a name like any other
+    store.recover()
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [".mine", "one", "two.old"]
+
+
+def test_a_directory_that_can_t_be_opened_is_listed_with_its_problem(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept(store, tmp_path)
+
+    def refused(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    listed = list((tmp_path / "adapters").iterdir())
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed) if path.name == "adapters" else refused(path))
+    [info] = store.list()
+    assert (info.name, info.problem) == ("one", "The adapter one can't be read (Permission denied).")
+
+
 def test_values_that_are_no_numbers_are_not_kept(store: AdapterStore) -> None:
     broken = Part("x", "float32", (1, 2), np.array([1, np.nan], np.float32).tobytes())
     with pytest.raises(BadAdapter, match="not a number"):

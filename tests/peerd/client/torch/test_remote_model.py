@@ -362,9 +362,13 @@ def test_a_returned_cache_continues_is_cropped_and_frees_its_sessions(pair: Pair
         whole = pair.local(expected[:, : kept.shape[1] + 2]).logits[:, -2:]
     torch.testing.assert_close(again, whole, **CLOSE)
     swarm.wait_sessions(1)
+    [session] = swarm.client.client.status()["sessions"]
+    assert (session["model"], session["tokens"]) == (pair.remote.name_or_path.rpartition("/")[2], kept.shape[1] + 2)
+    assert [hop["span"] for hop in session["route"]] == [f"0:{BLOCKS}"]
     del cache
     gc.collect()
     swarm.wait_sessions(0)
+    assert swarm.client.client.status()["sessions"] == []
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
