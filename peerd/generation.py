@@ -102,6 +102,19 @@ class TextModel:
     start: StartDecode
     shape: ModelShape | None = None
     """What adapters have to fit; None: this model takes none."""
+    adapter_tokens: int = 0
+    """Positions of the context that an adapter in front takes."""
+
+    @property
+    def room_tokens(self) -> int:
+        """For prompt and answer together."""
+        return self.context_tokens - self.adapter_tokens
+
+    @property
+    def context_words(self) -> str:
+        """How large the context is, and what isn't the prompt's of it."""
+        taken = f", {self.adapter_tokens} of them the adapter's" if self.adapter_tokens else ""
+        return f"the context of {self.name} is {self.context_tokens}{taken}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +198,8 @@ def encode_prompt(model: TextModel, request: GenerationRequest, now_s: float) ->
         ids = tuple(model.codec.encode_chat(messages, now=datetime.fromtimestamp(now_s, UTC)))
     if not ids:
         raise InvalidPrompt("The prompt is empty; write something for the model to go on from.")
-    if len(ids) >= model.context_tokens:
-        raise PromptTooLong(
-            f"The prompt has {len(ids)} tokens, and the context of {model.name} is {model.context_tokens}; shorten the prompt."
-        )
+    if len(ids) >= model.room_tokens:
+        raise PromptTooLong(f"The prompt has {len(ids)} tokens, and {model.context_words}; shorten the prompt.")
     return ids
 
 
@@ -201,14 +212,14 @@ def _check_ids(model: TextModel, ids: tuple[int, ...]) -> None:
 
 def room_for(model: TextModel, request: GenerationRequest, prompt_tokens: int) -> int:
     """How many new tokens the session may have. Raises PromptTooLong when the request wants more than fits."""
-    room = model.context_tokens - prompt_tokens
+    room = model.room_tokens - prompt_tokens
     wanted = request.max_new_tokens
     if wanted is None:
         return min(room, DEFAULT_NEW_TOKENS_MAX)
     if wanted > room:
         raise PromptTooLong(
-            f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the context of {model.name} is "
-            f"{model.context_tokens}; shorten the prompt or ask for at most {room}."
+            f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but {model.context_words}; "
+            f"shorten the prompt or ask for at most {room}."
         )
     return wanted
 
@@ -218,7 +229,7 @@ def with_adapter(model: TextModel, adapter: Adapter) -> tuple[TextModel, SoftPro
     if model.shape is None:
         raise WrongAdapter(f"{model.name} takes no adapters.")
     soft = soft_prompt(adapter, model.shape)
-    return replace(model, context_tokens=model.context_tokens - soft.length), soft
+    return replace(model, adapter_tokens=soft.length), soft
 
 
 class Generation:

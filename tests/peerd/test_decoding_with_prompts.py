@@ -137,6 +137,16 @@ def test_a_server_that_vanishes_at_any_token_changes_nothing(llama: Path, kind: 
         play(llama, lambda stage, token=token: lost_at(token, stage))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("kind", ["deep-prompt", "deep-prompt alone"])
+def test_every_family_s_tokens_survive_a_loss_with_deep_prompts(directory: Path, kind: str) -> None:
+    async def scene(stage: Scene) -> None:
+        listener = Listener(lambda count: stage.second.vanish() if count == 3 else None)
+        decode = await stage.run(kind, listener)
+        assert (listener.tokens, decode.replays) == (expected(directory, kind), 1)
+
+    play(directory, scene)
+
+
 def test_every_kind_gives_another_text(llama: Path) -> None:
     texts = {kind: tuple(expected(llama, kind)) for kind in KINDS}
     assert len(set(texts.values())) == len(texts)

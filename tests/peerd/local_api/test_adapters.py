@@ -80,9 +80,11 @@ def test_the_context_is_shorter_by_the_adapter(client: Client, node: ScriptedNod
     usage = client.complete("/v1/completions", {"prompt": prompt, "adapter": "first"})["usage"]
     assert usage["prompt_tokens"] == 50
     assert node.decodes[-1].request.max_new_tokens == 64 - 5 - 50
-    with pytest.raises(ApiError, match="59"):
+    with pytest.raises(
+        ApiError, match="has 60 tokens, and the context of demo is 64, 5 of them the adapter's; shorten"
+    ):
         client.complete("/v1/completions", {"prompt": [5] * 60, "adapter": "first"})
-    with pytest.raises(ApiError, match="at most 9"):
+    with pytest.raises(ApiError, match="is 64, 5 of them the adapter's; shorten the prompt or ask for at most 9"):
         client.complete("/v1/completions", {"prompt": prompt, "adapter": "first", "max_tokens": 10})
 
 
