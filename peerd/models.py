@@ -1,8 +1,7 @@
 """The models of this node: which it serves, how far they are loaded, and which it can drive.
 
 Owns the life of a served span (resolve, claim, load, online, drain) and the making of drivers on demand. Admission of sessions by
-KV memory is `peerd.admission`; what to say in the DHT is `peerd.announcer`. Slow work runs in one loader thread; torch is
-imported there, never on the loop's thread.
+KV memory is `peerd.admission`; what to say in the DHT is `peerd.announcer`; slow work on files and torch is `peerd.loading`'s.
 """
 
 from __future__ import annotations
@@ -10,20 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import mmap
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
-from blocks.engine.thread import DeviceThread
-from blocks.model.identity import Manifest, id_of, make_manifest
-from blocks.model.safetensors_header import read_header
-from blocks.model.source import DEMO, ModelSource, resolve, text_config
-from blocks.protocol.device import JobResult, LeaseKey, ReleaseJob, SpanJob
+from blocks.model.identity import Manifest, id_of
+from blocks.model.source import DEMO, ModelSource, text_config
+from blocks.protocol.device import Device, JobResult, LeaseKey, ReleaseJob, SpanJob
 from blocks.sizing import Footprint, Sizing, footprint, kv_values_of, outside_parameters, size_up, stored_parameters
 from blocks.text import TextCodec
 from overlay.errors import Blame, PeerdError
@@ -36,6 +29,7 @@ from peerd.client.tensor_body import Tensor
 from peerd.config import AUTO, NONE, Config
 from peerd.decoding import DriverModel
 from peerd.first_look import BadSpan, require_span
+from peerd.loading import ModelLoader
 from peerd.model_exchange import ModelFetcher, ModelShelf
 from peerd.swarm import KnownModel, Swarm
 from peerd.version import VERSION
@@ -52,7 +46,6 @@ FIND_NETWORK_S = 2.0
 PROGRESS_S = 3.0
 """How often a load that takes long says how far it is."""
 MEASURED_STEPS = 4
-CUDA_SIGNS = ("/dev/nvidiactl", "/dev/dxg")  # the second is WSL2's
 KV_BYTES_MIN = 64 << 20
 LOW_MEMORY_SHARE = 0.5
 """float32 fits when the whole span takes less than this of the allowed memory."""
@@ -100,7 +93,8 @@ class ModelHost:
         host: Host,
         swarm: Swarm,
         announcer: Announcer,
-        device: DeviceThread,
+        device: Device,
+        loader: ModelLoader,
         clock: Clock,
         cache_dir: Path,
     ) -> None:
@@ -110,32 +104,21 @@ class ModelHost:
         self._announcer = announcer
         self._device = device
         self._clock = clock
-        self._cache_dir = cache_dir
+        self._loader = loader
         self._shelf = ModelShelf(host)
         self._fetcher = ModelFetcher(host, cache_dir / "fetched")
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._served: dict[ModelId, Served] = {}
         self._sources: dict[ModelId, ModelSource] = {}
         self._drivable: dict[tuple[ModelId, ComputeClass], asyncio.Future[Drivable]] = {}
-        self._device_name = device_name(config.serving.device)
         self.admission = KvAdmission(device, clock)
         self.failure: PeerdError | None = None
 
     def close(self) -> None:
-        """Let the loader thread end; what it does now is not waited for."""
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        """Let the loader end; what it does now is not waited for."""
+        self._loader.close()
 
     def served(self) -> tuple[Served, ...]:
         return tuple(self._served.values())
-
-    async def _slowly(self, work: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._loader, work, *arguments)
-
-    async def _usable_device(self) -> str:
-        """The device; torch is asked whether it is there, unless it's the CPU. Raises DeviceMissing."""
-        if self._device_name != "cpu":
-            self._device_name = await self._slowly(_usable, self._config.serving.device)
-        return self._device_name
 
     async def _told(self, served: Served, work: Coroutine[Any, Any, Result]) -> Result:
         """Await slow work on a model, and say every few seconds how far it is."""
@@ -155,7 +138,7 @@ class ModelHost:
     async def serve_configured(self, *, new_network: bool) -> None:
         """Serve what the configuration says. Raises the PeerdError that makes it impossible."""
         config = self._config
-        await self._usable_device()
+        await self._loader.check_device()
         if config.serving.blocks == NONE:
             for spec in config.serving.models:
                 await self._find_source(spec)
@@ -180,10 +163,7 @@ class ModelHost:
             await self._swarm.wait_changed(FIND_NETWORK_S)
 
     async def _find_source(self, spec: str) -> ModelSource:
-        def find() -> ModelSource:
-            return resolve(spec, self._cache_dir)
-
-        source = await self._slowly(find)
+        source = await self._loader.find(spec)
         self._sources[id_of(source)] = source
         self._swarm.learn_name(source.name, id_of(source))
         return source
@@ -203,10 +183,10 @@ class ModelHost:
             await self._announcer.withdraw_stale()
         served = self._served[model]
         log.info("loading blocks %s of %s (%s)", span, source.name, compute_class)
-        manifest = await self._told(served, self._slowly(self._make_manifest, source, span, compute_class))
+        manifest = await self._told(served, self._make_manifest(served, span, compute_class))
         self._shelf.add(source, manifest)
         self._announcer.announce_manifest(manifest)
-        max_positions = await self._load(served, span, compute_class)
+        max_positions = await self._told(served, self._load(served, span, compute_class))
         step_s, prefill_s = await self._measure(served, compute_class)
         token_bytes = kv_values_of(source.config) * DTYPE_BYTES[compute_class.dtype] * len(span)
         self.admission.serve(
@@ -233,7 +213,7 @@ class ModelHost:
 
     def _place(self, source: ModelSource, model: ModelId) -> tuple[ComputeClass, Span, Sizing]:
         config = self._config
-        free = psutil.virtual_memory().available
+        free = self._loader.free_bytes()
         compute_class = self._compute_class(source, model, free)
         cost = _footprint(source, compute_class)
         if isinstance(config.serving.blocks, Span):
@@ -262,7 +242,9 @@ class ModelHost:
         if dtype == "auto":
             whole = _footprint(source, ComputeClass(config.serving.quant, "float32")).block_bytes * source.blocks
             allowed = config.serving.max_memory_bytes or free
-            dtype = "float32" if self._device_name == "cpu" and whole < LOW_MEMORY_SHARE * allowed else "bfloat16"
+            dtype = (
+                "float32" if self._loader.device_name == "cpu" and whole < LOW_MEMORY_SHARE * allowed else "bfloat16"
+            )
         return ComputeClass(config.serving.quant, dtype)
 
     def _claim(self, source: ModelSource, model: ModelId, span: Span, compute_class: ComputeClass) -> SpanRecord:
@@ -282,46 +264,20 @@ class ModelHost:
         await self._swarm.refresh()
         return settle_claim(self._swarm.view(model), before, self._host.peer_id.multihash, blocks, compute_class)
 
+    async def _make_manifest(self, served: Served, span: Span, compute_class: ComputeClass) -> Manifest:
+        def progress(share: float) -> None:
+            served.progress = 0.5 * share
+
+        return await self._loader.make_manifest(served.source, span, compute_class, progress)
+
     async def _load(self, served: Served, span: Span, compute_class: ComputeClass) -> int:
         """Load the span onto the device; returns the longest context that it runs."""
-        source = served.source
+
+        def progress(share: float) -> None:
+            served.progress = 0.5 + 0.4 * share
+
         key = model_key(served.model, compute_class)
-
-        def progress(done: int, total: int) -> None:
-            served.progress = 0.5 + 0.4 * done / max(1, total)
-
-        def load() -> tuple[Callable[[Any], None], int]:
-            from blocks.model.span import load_span
-            from blocks.model.split_test import require_exact
-
-            require_exact(source, self._cache_dir)
-            loaded = load_span(
-                source,
-                span.start,
-                span.end,
-                dtype=compute_class.dtype,
-                quant=compute_class.quant,
-                device=self._device_name,
-                progress=progress,
-            )
-            loaded.prepare_steps()
-            return (lambda runner: runner.install_span(key, loaded)), loaded.max_positions
-
-        install, max_positions = await self._told(served, self._slowly(load))
-        await self._device.call(install)
-        return max_positions
-
-    def _make_manifest(self, source: ModelSource, span: Span, compute_class: ComputeClass) -> Manifest:
-        """Fetches what is not here yet (a hub's shards), since the manifest covers the tensors outside the blocks."""
-        from blocks.model.hub import fetch
-
-        served = self._served[id_of(source)]
-
-        def progress(done: int, total: int) -> None:
-            served.progress = 0.5 * done / max(1, total)
-
-        fetch(source, (*source.tensors_of_span(span.start, span.end), *source.tensors_outside_blocks()), progress)
-        return make_manifest(source, compute_class)
+        return await self._loader.load_span(key, served.source, span, compute_class, progress)
 
     async def _measure(self, served: Served, compute_class: ComputeClass) -> tuple[float, float]:
         """Seconds of one token through one block: step by step, and within a window."""
@@ -386,56 +342,31 @@ class ModelHost:
         manifest = known.manifest
         source = await self._local_source(manifest)
         key = model_key(manifest.model, compute_class)
-        device = await self._usable_device()
-
         if source is not None:
-            local = source
-            codec = await self._slowly(TextCodec.from_directory, local.directory)
-
-            def load() -> tuple[Callable[[Any], None], int, int]:
-                from blocks.model.head import load_head
-                from blocks.model.hub import fetch
-
-                fetch(local, local.tensors_outside_blocks())
-                head = load_head(local, dtype=compute_class.dtype, device=device)
-                return (lambda runner: runner.install_head(key, head)), head.width, head.max_positions
+            codec = await self._loader.read_codec(source)
+            head = await self._loader.load_head(key, source, compute_class)
         else:
             servers = self._servers_of(known)
             codec = TextCodec(await self._fetcher.text_files(manifest, servers))
             tensors = await self._fetcher.tensors(manifest, servers)
-
-            def load() -> tuple[Callable[[Any], None], int, int]:
-                from blocks.model.head import head_from_peer
-
-                head = head_from_peer(manifest, tensors, dtype=compute_class.dtype, device=device)
-                return (lambda runner: runner.install_head(key, head)), head.width, head.max_positions
-
-        install, width, max_positions = await self._slowly(load)
-        await self._device.call(install)
-        return Drivable(DriverModel(key, manifest.model, compute_class, width, max_positions), codec)
+            head = await self._loader.load_fetched_head(key, manifest, tensors, compute_class)
+        return Drivable(DriverModel(key, manifest.model, compute_class, head.width, head.max_positions), codec)
 
     async def described(self, known: KnownModel) -> DriverModel:
         """Enough of a model to have its blocks called; loads nothing. Raises PeerdError."""
         manifest = known.manifest
         compute_class = self._swarm.compute_class_of(manifest.model) or manifest.compute
-        fields = json.loads(manifest.config)
-
-        def context() -> int:
-            from blocks.model.span import max_positions
-
-            return max_positions(fields)
-
-        # Not the loader's thread, which may be at a load of minutes.
-        max_tokens = await asyncio.to_thread(context)
+        max_positions = await self._loader.context_tokens(manifest.config)
+        width = hidden_width(json.loads(manifest.config), manifest.name)
         key = model_key(manifest.model, compute_class)
-        return DriverModel(key, manifest.model, compute_class, hidden_width(fields, manifest.name), max_tokens)
+        return DriverModel(key, manifest.model, compute_class, width, max_positions)
 
     async def outside(self, known: KnownModel) -> dict[str, Tensor]:
         """The tensors outside the blocks, for a client that has no files of the model. Raises PeerdError."""
         manifest = known.manifest
         source = await self._local_source(manifest)
         if source is not None:
-            return await self._slowly(outside_tensors, source)
+            return await self._loader.outside_tensors(source)
         received = await self._fetcher.tensors(manifest, self._servers_of(known))
         return {entry.name: Tensor(entry.dtype, entry.shape, received[entry.name]) for entry in manifest.tensors}
 
@@ -467,37 +398,6 @@ def hidden_width(config: Mapping[str, Any], name: str) -> int:
         if isinstance(fields.get(field), int):
             return int(fields[field])
     raise BadSpan(f"The config of {name} doesn't say its hidden size.")
-
-
-def outside_tensors(source: ModelSource) -> dict[str, Tensor]:
-    """What lies outside the blocks, mapped from the model's files: read as it is sent."""
-    from blocks.model.hub import fetch
-
-    names = source.tensors_outside_blocks()
-    fetch(source, names)
-    found = {}
-    for file in sorted({source.tensors[name] for name in names}):
-        entries = read_header(source.directory / file)
-        with (source.directory / file).open("rb") as opened:
-            view = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-        for name in names:
-            if source.tensors[name] == file and name in entries:
-                entry = entries[name]
-                found[name] = Tensor(entry.dtype, entry.shape, view[entry.start : entry.end])
-    return found
-
-
-def device_name(wanted: str) -> str:
-    """``auto`` is the first CUDA device where a driver seems to be, else the CPU; torch isn't asked yet, since it loads later."""
-    if wanted != "auto":
-        return wanted
-    return "cuda:0" if any(Path(device).exists() for device in CUDA_SIGNS) else "cpu"
-
-
-def _usable(wanted: str) -> str:
-    from blocks.model.devices import usable_device
-
-    return usable_device(wanted)
 
 
 def _spec_of(manifest: Manifest) -> str:

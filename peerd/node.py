@@ -10,11 +10,11 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 from blocks.call_service import CallService
-from blocks.engine.thread import DeviceThread
+from blocks.protocol.device import OwnDevice
 from blocks.protocol.hops import Hops, HopSettings
 from blocks.service import SpanService
 from blocks.session_directory import SessionDirectory
@@ -24,7 +24,7 @@ from overlay.errors import Blame, PeerdError
 from overlay.host import Host, HostConfig
 from overlay.identity import Identity, PeerId
 from overlay.multiaddr import Multiaddr
-from overlay.ports import Ports, Randomness, WallClock
+from overlay.ports import Ports, Randomness, Storage, WallClock
 from overlay.transport.tcp import ListenError
 from peerd.adapters.adapter import shape_of
 from peerd.adapters.store import AdapterStore
@@ -35,12 +35,12 @@ from peerd.config import Config
 from peerd.decoding import Decode, DecodeListener, DecodeRequest, DecoderPool
 from peerd.generation import Stopping, TextModel
 from peerd.hidden_sessions import HiddenSession, HiddenSessions
+from peerd.loading import ModelLoader, TorchLoader
 from peerd.local_api.node_view import BlockModel, HopView, ServedModel, ServerView, SessionView, Status, SwarmModel
 from peerd.local_api.server import serving
 from peerd.metrics import Metrics
 from peerd.models import Drivable, ModelHost
 from peerd.store import (
-    FileStorage,
     StateError,
     load_known_peers,
     load_port,
@@ -75,18 +75,37 @@ class ModelPending(PeerdError):
 
 
 Ready = Callable[["Node"], None]
+Serve = Callable[["Node"], AbstractAsyncContextManager[None]]
+"""Answers people for as long as it is entered."""
+
+
+def on_its_socket(node: Node) -> AbstractAsyncContextManager[None]:
+    """The local API, on the socket of the configuration."""
+    return serving(node, node.config.paths.socket)
 
 
 class Node:
-    """One daemon. `run` is its life; everything else is for the local API."""
+    """One daemon. `run` is its life; everything else is for the local API.
 
-    def __init__(self, config: Config, ports: Ports, storage: FileStorage, device: DeviceThread) -> None:
+    ``loader`` brings models onto ``device`` (None: from files, with torch), ``serve`` lets people in; the simulator hands over its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ports: Ports,
+        storage: Storage,
+        device: OwnDevice,
+        loader: ModelLoader | None = None,
+        serve: Serve = on_its_socket,
+    ) -> None:
         self.config = config
         self.wall_clock: WallClock = ports.wall_clock
         self.randomness: Randomness = ports.randomness
         self._ports = ports
         self._storage = storage
         self._device = device
+        self._serve_people = serve
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._draining = False
@@ -100,7 +119,10 @@ class Node:
         self._host.add_connection_listener(lambda opened: None, self._hung_up)
         self._announcer = Announcer(self._host, self._dht, self._swarm, ports.clock)
         cache_dir = config.paths.state_dir / "cache"
-        self._models = ModelHost(config, self._host, self._swarm, self._announcer, device, ports.clock, cache_dir)
+        loader = loader or TorchLoader(config.serving.device, device, cache_dir)
+        self._models = ModelHost(
+            config, self._host, self._swarm, self._announcer, device, loader, ports.clock, cache_dir
+        )
         settings = HopSettings(self.identity.peer_id.multihash, ports.randomness.token(BOOT_ID_BYTES))
         self._hops = Hops(settings, self._models.admission, device)
         self._models.admission.hops = self._hops
@@ -124,7 +146,7 @@ class Node:
             async with AsyncExitStack() as stack:
                 self.adapters.recover()
                 self.jobs.load()
-                await stack.enter_async_context(serving(self, self.config.paths.socket))
+                await stack.enter_async_context(self._serve_people(self))
                 await stack.enter_async_context(self._host)
                 await self._listen()
                 # Only now: a start that fails at its socket or port ends at once, without waiting for torch's import.

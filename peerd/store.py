@@ -15,6 +15,7 @@ from pathlib import Path
 
 from overlay.errors import Blame, InvalidAddress, PeerdError
 from overlay.multiaddr import Multiaddr
+from overlay.ports import Storage
 
 KNOWN_PEERS_AT_MOST = 64
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
@@ -136,7 +137,7 @@ def opened_state(directory: Path) -> Iterator[FileStorage]:
         os.close(lock)
 
 
-def next_incarnation(storage: FileStorage) -> int:
+def next_incarnation(storage: Storage) -> int:
     """A number greater than every earlier one of this state directory, on disk before it is returned (DESIGN 5)."""
     saved = storage.load("incarnation")
     current = int(saved) if saved is not None and saved.isdigit() and len(saved) < 19 else 0
@@ -144,7 +145,7 @@ def next_incarnation(storage: FileStorage) -> int:
     return current + 1
 
 
-def load_known_peers(storage: FileStorage) -> tuple[str, ...]:
+def load_known_peers(storage: Storage) -> tuple[str, ...]:
     """Multiaddrs of peers from last time; a damaged file counts as none, and what is no address is left out."""
     saved = storage.load("known-peers.json")
     if saved is None:
@@ -165,18 +166,18 @@ def _is_dialable(text: object) -> bool:
         return False
 
 
-def save_known_peers(storage: FileStorage, addresses: Sequence[str]) -> None:
+def save_known_peers(storage: Storage, addresses: Sequence[str]) -> None:
     """Remember the first `KNOWN_PEERS_AT_MOST` of ``addresses`` for the next start."""
     storage.save("known-peers.json", json.dumps(list(addresses[:KNOWN_PEERS_AT_MOST]), indent=1).encode())
 
 
-def load_port(storage: FileStorage) -> int:
+def load_port(storage: Storage) -> int:
     """The listening port chosen at the first start, or 0."""
     saved = storage.load("port")
     port = int(saved) if saved is not None and saved.isdigit() and len(saved) <= 5 else 0
     return port if 0 < port < 65536 else 0
 
 
-def save_port(storage: FileStorage, port: int) -> None:
+def save_port(storage: Storage, port: int) -> None:
     """Keep the listening port for every later start."""
     storage.save("port", b"%d" % port)

@@ -6,10 +6,10 @@ crosses is a frozen value; tensors cross as `overlay.rpc.types.Part` over host m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from blocks.sampling_params import SamplingParams
 from overlay.errors import PeerdError
@@ -210,3 +210,16 @@ class Device(Protocol):
     @property
     def queue_depth(self) -> int:
         """Jobs waiting or running."""
+
+
+class OwnDevice(Device, Protocol):
+    """A device with its life, as the node that owns it has it."""
+
+    def start(self) -> None:
+        """From the loop's thread; jobs that were submitted before wait."""
+
+    def stop(self) -> None:
+        """What waits is not run."""
+
+    def call(self, work: Callable[[Any], None]) -> Awaitable[None]:
+        """Run ``work(runner)`` between jobs, where the jobs run (to install or remove a model); await its end."""

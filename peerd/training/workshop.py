@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from blocks.engine.thread import DeviceThread
+from blocks.protocol.device import OwnDevice
 from overlay.ports import Clock
 from overlay.rpc.types import Part
 from peerd.adapters.store import AdapterStore
@@ -37,7 +37,7 @@ class CountedBlocks(Blocks, Protocol):
 class DeviceLearner:
     """Masters and optimizer in the device's thread, reached by messages: the loop never touches a tensor."""
 
-    def __init__(self, device: DeviceThread, trainable: Trainable) -> None:
+    def __init__(self, device: OwnDevice, trainable: Trainable) -> None:
         self._device = device
         self._trainable = trainable
 
@@ -62,7 +62,7 @@ class NodeWorkshop:
     """`peerd.training.run.Workshop` of a node, from its parts."""
 
     clock: Clock
-    device: DeviceThread
+    device: OwnDevice
     blocks: CountedBlocks
     opening: OpenTrained
     adapters: AdapterStore
