@@ -1,0 +1,104 @@
+"""A simulated machine, and what one run of the software on it is given.
+
+Owns the states of a machine (the table of who may follow whom) and the ports of its current incarnation. `netsim.world`
+changes them; peers read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random  # noqa: TID251 - a seeded generator, never the global one
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from netsim.ports import Condition, Disk, SimClock, SimRandomness, SimStorage, SimTransport, SimWallClock
+from overlay.multiaddr import Multiaddr, tcp_address
+from overlay.ports import Ports, Transport
+
+if TYPE_CHECKING:
+    from netsim.peers import Peer
+    from netsim.world import World
+
+LISTEN_PORT = 4001
+"""Where peers listen, so that everybody can be told of everybody."""
+
+
+class State(Enum):
+    """What a machine is doing."""
+
+    IDLE = "idle"
+    """Powered, and nothing of ours runs: never started, ended, or killed."""
+    RUNNING = "running"
+    STOPPING = "stopping"
+    """Asked to stop, and still at it."""
+    FROZEN = "frozen"
+    DARK = "dark"
+    """Without power."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimHost:
+    """One incarnation, as the peer in it sees the world."""
+
+    name: str
+    address: str
+    group: str
+    incarnation: int
+    ports: Ports
+    storage: SimStorage
+    transport: SimTransport
+    condition: Condition
+    world: World
+
+    @property
+    def listen_address(self) -> Multiaddr:
+        return tcp_address(self.address, LISTEN_PORT)
+
+    def random(self, purpose: str) -> random.Random:
+        """A generator of this incarnation's own for one purpose."""
+        return self.world.random(f"{self.name}#{self.incarnation} {purpose}")
+
+    def trace(self, kind: str, text: str, session: str = "") -> None:
+        """An event of this host."""
+        self.world.trace.add(kind, self.name, text, session)
+
+
+@dataclass(slots=True, eq=False)
+class Machine:
+    """What lasts: a name, an address, a disk, a clock, and whatever runs on it now."""
+
+    name: str
+    address: str
+    group: str
+    kind: str
+    settings: Any
+    disk: Disk
+    wall_clock: SimWallClock
+    condition: Condition = field(default_factory=Condition)
+    state: State = State.IDLE
+    incarnation: int = 0
+    host: SimHost | None = None
+    peer: Peer | None = None
+    """What runs now; None before it was made and after it ended."""
+    life: asyncio.Task[None] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while nothing of ours runs here."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a process is there: running, stopping or frozen."""
+        return self.state in (State.RUNNING, State.STOPPING, State.FROZEN)
+
+    def boot(self, world: World, clock: Callable[[], float], transport: Transport) -> SimHost:
+        """The next incarnation's view of the world."""
+        self.incarnation += 1
+        storage, guarded = SimStorage(self.disk), SimTransport(transport)
+        seed = f"{world.seed} {self.name}#{self.incarnation} ports"
+        ports = Ports(SimClock(clock), self.wall_clock, SimRandomness(seed), (guarded,), storage)
+        self.host = SimHost(
+            self.name, self.address, self.group, self.incarnation, ports, storage, guarded, self.condition, world
+        )
+        return self.host
+
