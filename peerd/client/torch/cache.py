@@ -31,13 +31,15 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
 
     Args:
         max_tokens: of the longest row; servers keep memory free for as many.
+        after_first: how many follow the first step's, which may bring more than was counted: `peft` puts its prompt in front of it.
     """
 
-    def __init__(self, model: ServedModel, max_tokens: int) -> None:
+    def __init__(self, model: ServedModel, max_tokens: int, after_first: int = 0) -> None:
         self._length = _Length()
         super().__init__(layers=[self._length])
         self._model = model
         self._max_tokens = max_tokens
+        self._after_first = after_first
         self._sessions: list[_Session] = []
         self._seen = torch.zeros((0, 0), dtype=torch.bool)  # (rows, columns): where there was a token
         self._finalizer = weakref.finalize(self, _close_all, self._sessions)
@@ -71,7 +73,8 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
         new = torch.ones((rows, columns), dtype=torch.bool) if mask is None else mask[:, -columns:].bool().cpu()
         self._check(rows, new, positions)
         if not self._sessions:
-            self._sessions += [_Session(self._model, self._max_tokens) for _ in range(rows)]
+            room = max(self._max_tokens, min(columns + self._after_first, self._model.max_positions))
+            self._sessions += [_Session(self._model, room) for _ in range(rows)]
             self._seen = torch.zeros((rows, 0), dtype=torch.bool)
         places = [new[row].nonzero().flatten().to(hidden.device) for row in range(rows)]
         lengths = self._seen.sum(1).tolist()

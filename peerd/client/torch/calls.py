@@ -31,6 +31,7 @@ class ServedModel:
     Attributes:
         client: the daemon.
         identity: the model's id, in hex.
+        max_positions: its context.
         dtype: what its servers compute in.
         wait_s: how long a call may wait for blocks that nobody serves.
     """
@@ -39,6 +40,7 @@ class ServedModel:
     identity: str
     name: str
     blocks: int
+    max_positions: int
     dtype: torch.dtype
     wait_s: float
 

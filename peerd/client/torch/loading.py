@@ -31,6 +31,7 @@ from peerd.client.torch.calls import ServedModel, as_torch
 DEFAULT_WAIT_S = 60.0
 POLL_S = 0.25
 OUTSIDE_BYTES_MAX = 8 << 30
+UNREADABLE = "The daemon's word on the model can't be read; is the daemon of another version?"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -79,10 +80,12 @@ def _served_model(client: Client, name: str, wait_s: float) -> ServedModel:
             if error.code != "model-pending" or time.monotonic() >= deadline:
                 raise
         time.sleep(POLL_S)
-    identity, known_as, blocks, dtype = (told.get(field) for field in ("id", "name", "blocks", "dtype"))
-    if not (isinstance(identity, str) and isinstance(known_as, str) and isinstance(blocks, int)):
-        raise BadAnswer("The daemon's word on the model can't be read; is the daemon of another version?")
-    return ServedModel(client, identity, known_as, blocks, parse_dtype(str(dtype)), wait_s)
+    identity, known_as, blocks, context = (told.get(field) for field in ("id", "name", "blocks", "max_positions"))
+    if not (
+        isinstance(identity, str) and isinstance(known_as, str) and isinstance(blocks, int) and isinstance(context, int)
+    ):
+        raise BadAnswer(UNREADABLE)
+    return ServedModel(client, identity, known_as, blocks, context, parse_dtype(str(told.get("dtype"))), wait_s)
 
 
 def _from_daemon(served: ServedModel) -> Anatomy:
@@ -90,7 +93,7 @@ def _from_daemon(served: ServedModel) -> Anatomy:
     told = served.client.call("GET", path)
     fields: Any = told.get("config")
     if not isinstance(fields, dict):
-        raise BadAnswer("The daemon's word on the model can't be read; is the daemon of another version?")
+        raise BadAnswer(UNREADABLE)
     received, _ = served.client.tensors(f"{path}/tensors", {}, {}, OUTSIDE_BYTES_MAX)
     anatomy = build(read_config(fields), _tensors(received), served.dtype, install)
     anatomy.model.name_or_path = served.name

@@ -20,7 +20,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from blocks.model.architecture import Anatomy
-from blocks.model.span import max_positions
 from peerd.client.torch.blocks import Pass, cuts_of, learn_result_kind, passing, stand_ins
 from peerd.client.torch.cache import RemoteCache
 from peerd.client.torch.calls import ServedModel
@@ -36,6 +35,9 @@ class RemoteModelForCausalLM:
 
     _anatomy: Anatomy
     _remote: RemoteBlocks
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError("a remote model is made by RemoteModelForCausalLM.from_pretrained")
 
     @classmethod
     def from_pretrained(
@@ -66,16 +68,22 @@ class RemoteModelForCausalLM:
         """Sessions for a batch of texts of at most ``max_tokens``: ``past_key_values`` of forward and generate."""
         return RemoteCache(self._remote.model, max_tokens)
 
-    def generate(self, *arguments: Any, **options: Any) -> Any:
-        """As in `transformers`, greedy or sampling; the sessions are deleted at the end, unless the cache is returned."""
+    def generate(self, *arguments: Any, deep_prompts: torch.Tensor | None = None, **options: Any) -> Any:
+        """As in `transformers`, greedy or sampling; the sessions are deleted at the end, unless the cache is returned.
+
+        With ``deep_prompts`` (blocks, length, d_model), which these sessions don't take, every token is computed from the whole text.
+        """
         made: list[RemoteCache] = []
-        token = _CACHES.set(made)
+        token, deep = _CACHES.set(made), _DEEP_PROMPTS.set(deep_prompts)
         result = None
+        if deep_prompts is not None:
+            options.setdefault("use_cache", False)
         try:
             result = _parent(self).generate(*arguments, **options)
             return result
         finally:
             _CACHES.reset(token)
+            _DEEP_PROMPTS.reset(deep)
             returned = getattr(result, "past_key_values", None)
             for cache in made:
                 if cache is not returned:
@@ -97,13 +105,21 @@ class RemoteModelForCausalLM:
         if generation_config.cache_implementation is not None:
             raise ValueError("cache_implementation is refused: keys and values are with the servers.")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            served, mask = self._remote.model, model_kwargs.get("attention_mask")
             # One more than transformers counts: the servers' last token, too, passes through all blocks.
-            tokens = min(max_length + 1, max_positions(self._anatomy.model.config.to_dict()))
-            cache = self.new_cache(tokens)
+            total = min(max_length + 1, served.max_positions)
+            after_first = total if mask is None else max(0, total - mask.shape[-1])
+            cache = RemoteCache(served, total, after_first)
             made = _CACHES.get()
             if made is not None:
                 made.append(cache)
             model_kwargs["past_key_values"] = cache
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: what is here is no whole model, and would be taken for one."""
+        raise ValueError(
+            "save_pretrained is refused: the blocks are with the servers; save what you trained (torch.save, or peft's save_pretrained)."
+        )
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Nothing: servers recompute their blocks in backward, always."""
@@ -146,7 +162,8 @@ def _model_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(inner)
     def forward(self: nn.Module, *arguments: Any, deep_prompts: torch.Tensor | None = None, **options: Any) -> Any:
-        token = _DEEP_PROMPTS.set(deep_prompts)
+        # Those that generate was given reach its forwards from there.
+        token = _DEEP_PROMPTS.set(_DEEP_PROMPTS.get() if deep_prompts is None else deep_prompts)
         try:
             return inner(self, *arguments, **options)
         finally:
@@ -170,7 +187,7 @@ def _decoder_forward(original: type[nn.Module], anatomy: Anatomy, remote: Remote
         _refuse(bound, config)
         cache = bound.get("past_key_values")
         if cache is None and bound.get("use_cache"):
-            cache = bound["past_key_values"] = RemoteCache(remote.model, max_positions(config.to_dict()))
+            cache = bound["past_key_values"] = RemoteCache(remote.model, remote.model.max_positions)
         if cache is None:
             bound["use_cache"] = False
         elif "position_ids" in signature.parameters and bound.get("position_ids") is None:

@@ -31,7 +31,10 @@ class RemoteBlocks:
         return f"RemoteBlocks({self.start}:{self.end} of {self.model.name})"
 
     def __getitem__(self, index: int | slice) -> RemoteBlocks:
-        chosen = range(self.start, self.end)[index]
+        try:
+            chosen = range(self.start, self.end)[index]
+        except IndexError:
+            raise IndexError(f"there is no block {index} in {self!r}") from None
         if isinstance(chosen, int):
             return RemoteBlocks(self.model, chosen, chosen + 1)
         if chosen.step != 1 or not len(chosen):
@@ -54,9 +57,9 @@ class RemoteBlocks:
             prompts: (blocks, length, d_model), added to ``hidden[:, :length]`` before each block.
 
         Raises:
-            ApiError: the daemon refused or failed the call, in its words.
+            ValueError: hidden states, mask or positions that can't be. ApiError: the daemon refused or failed the call, in its words.
         """
-        rows, tokens = hidden.shape[:2]
+        rows, tokens = _checked(hidden, attention_mask, position_ids)
         if position_ids is not None:
             position_ids = position_ids.expand(rows, tokens)
         row_bytes = max(1, hidden[:1].numel() * self.model.dtype.itemsize)
@@ -67,6 +70,27 @@ class RemoteBlocks:
             call = SpanCall(self.model, self.start, self.end, _rows(attention_mask, part), _rows(position_ids, part))
             outputs.append(_run(call, hidden[part] if rows > count else hidden, prompts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _checked(hidden: Any, mask: Any, positions: Any) -> tuple[int, int]:
+    """Rows and tokens; refuses what would be sent as something else than was meant. The rest is the daemon's to refuse."""
+    if (
+        not isinstance(hidden, torch.Tensor)
+        or hidden.dim() != 3
+        or not hidden.is_floating_point()
+        or not hidden.numel()
+    ):
+        raise ValueError("hidden has to be floating-point (rows, tokens, d_model), none of them 0")
+    rows, tokens = hidden.shape[:2]
+    if mask is not None and (mask.shape != (rows, tokens) or not bool(((mask == 0) | (mask == 1)).all())):
+        raise ValueError(
+            f"attention_mask has to be ({rows}, {tokens}) as hidden is, 1 where there is a token and 0 where there is none"
+        )
+    if positions is not None and (
+        positions.is_floating_point() or positions.shape not in ((rows, tokens), (1, tokens), (tokens,))
+    ):
+        raise ValueError(f"position_ids have to be whole numbers, ({rows}, {tokens}) as hidden is, or (1, {tokens})")
+    return rows, tokens
 
 
 def _rows(tensor: torch.Tensor | None, part: slice) -> torch.Tensor | None:

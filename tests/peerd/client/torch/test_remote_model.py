@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,15 +232,8 @@ def test_deep_prompts_and_their_gradients_are_as_with_hooks_on_local_blocks(pair
     start = torch.randn(BLOCKS, 3, pair.width) / 4
 
     def locally(prompts: torch.Tensor) -> Any:
-        hooks = [
-            block.register_forward_pre_hook(adding(prompts[index]), with_kwargs=True)
-            for index, block in enumerate(blocks_of(pair.local))
-        ]
-        try:
+        with added_to_blocks(pair.local, prompts):
             return pair.local(ids, labels=ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     gradients, losses = [], []
     for run in (locally, lambda prompts: pair.remote(ids, labels=ids, deep_prompts=prompts)):
@@ -251,6 +244,32 @@ def test_deep_prompts_and_their_gradients_are_as_with_hooks_on_local_blocks(pair
         gradients.append(prompts.grad)
     torch.testing.assert_close(losses[1], losses[0], **CLOSE)
     same_gradients(gradients[1], gradients[0])
+
+
+def test_deep_prompts_generate_as_with_hooks_on_local_blocks(pair: Pair) -> None:
+    ids, _ = ragged()
+    prompts = torch.randn(BLOCKS, 3, pair.width)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    with added_to_blocks(pair.local, prompts):
+        expected = pair.local.generate(ids, use_cache=False, **settings)
+    assert torch.equal(pair.remote.generate(ids, deep_prompts=prompts, **settings), expected)
+    bare = pair.local.generate(ids, **settings)
+    assert not torch.equal(expected, bare)
+    assert torch.equal(pair.remote.generate(ids, **settings), bare)  # nothing of them is left behind
+
+
+@contextmanager
+def added_to_blocks(model: Any, prompts: torch.Tensor) -> Iterator[None]:
+    """What deep prompts mean, said with hooks."""
+    hooks = [
+        block.register_forward_pre_hook(adding(prompts[index]), with_kwargs=True)
+        for index, block in enumerate(blocks_of(model))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def adding(prompt: torch.Tensor) -> Any:
@@ -303,6 +322,28 @@ def test_prompt_tuning_of_peft_trains_through_the_swarm(pair: Pair) -> None:
     torch.testing.assert_close(losses[1], losses[0], **CLOSE)
     assert len(gradients) == 2
     same_gradients(gradients[1], gradients[0])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
+def test_peft_s_generate_gives_each_row_what_it_gets_alone_locally(pair: Pair, swarm: Swarm) -> None:
+    ids, mask = ragged()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+
+    def tuned(model: Any) -> Any:
+        torch.manual_seed(3)
+        made = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=9))
+        with torch.no_grad():
+            made.prompt_encoder["default"].embedding.weight.mul_(6)  # so that it is heard
+        return made
+
+    found = tuned(pair.remote).generate(input_ids=ids, attention_mask=mask, **settings)
+    swarm.wait_sessions(0)
+    for row in range(len(ids)):
+        # Alone: beside padding, peft's prompt is locally as far from the text as the padding is wide.
+        alone = ids[row : row + 1, int((mask[row] == 0).sum()) :]
+        expected = tuned(pair.local).generate(input_ids=alone, **settings)[0, alone.shape[1] :]
+        assert found[row, ids.shape[1] :][: len(expected)].tolist() == expected.tolist()
+    assert not torch.equal(found, pair.remote.generate(ids, attention_mask=mask, **settings))
 
 
 def test_a_second_backward_through_the_same_graph_works_without_its_tape(pair: Pair) -> None:
@@ -404,12 +445,39 @@ def test_wrong_arguments_of_forward_are_refused_in_words(pairs: dict[str, Pair])
         remote.blocks[3:3]
     with pytest.raises(IndexError, match="left to right"):
         remote.blocks[::2]
+    with pytest.raises(IndexError, match=f"no block {BLOCKS} in"):
+        remote.blocks[BLOCKS]
+    with pytest.raises(ValueError, match="save what you trained"):
+        remote.save_pretrained("nowhere")
+    with pytest.raises(TypeError, match="from_pretrained"):
+        RemoteModelForCausalLM()
+    with pytest.raises(ValueError, match="leave the cache out"):
+        remote.generate(ids, deep_prompts=torch.zeros(BLOCKS, 1, 32), use_cache=True, max_new_tokens=2)
     with remote.new_cache(32) as cache:
         embeds = remote.get_input_embeddings()(ids).requires_grad_()
         with pytest.raises(ValueError, match="no gradients"):
             remote(inputs_embeds=embeds, past_key_values=cache)
         with pytest.raises(ValueError, match="count a row's tokens"):
             remote(ids, attention_mask=mask, position_ids=torch.arange(11).expand(3, -1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"hidden": torch.zeros(5, 32)}, "floating-point"),
+        ({"hidden": torch.zeros(0, 5, 32)}, "none of them 0"),
+        ({"hidden": torch.zeros(2, 5, 32, dtype=torch.long)}, "floating-point"),
+        ({"attention_mask": torch.ones(1, 5)}, r"attention_mask has to be \(2, 5\)"),
+        ({"attention_mask": torch.zeros(2, 5).fill_(-torch.inf)}, "1 where there is a token"),
+        ({"position_ids": torch.arange(4)}, "position_ids have to be"),
+        ({"position_ids": torch.arange(5.0)}, "whole numbers"),
+    ],
+)
+def test_blocks_refuse_what_would_be_sent_as_something_else(
+    pairs: dict[str, Pair], given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        pairs["llama"].remote.blocks[1:3](**{"hidden": torch.zeros(2, 5, 32)} | given)
 
 
 def test_the_daemon_s_refusals_are_raised_with_its_sentence(pairs: dict[str, Pair]) -> None:
@@ -432,27 +500,64 @@ def test_a_model_whose_files_are_not_here_comes_from_the_daemon(swarm: Swarm, pa
         RemoteModelForCausalLM.from_pretrained("unheard-of", socket=socket)
 
 
-def test_a_long_batch_is_spread_over_both_servers_and_survives_losing_one_on_its_way_back(
+@dataclass
+class LongBatch:
+    """Three micro-batches with a soft prompt in front and deep prompts: what is differentiated by, and the loss of a model."""
+
+    pair: Pair
+    ids: torch.Tensor
+    mask: torch.Tensor
+    leaves: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # embeddings, the soft prompt, deep prompts
+
+    def loss(self, model: Any, leaves: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        embeds, prompt, deep = leaves
+        rows, length = len(self.ids), prompt.shape[1]
+        front = torch.ones(rows, length, dtype=self.mask.dtype)
+        labels = torch.cat([-100 * front, self.ids.masked_fill(self.mask == 0, -100)], 1)
+        given = {
+            "inputs_embeds": torch.cat([prompt.expand(rows, -1, -1), embeds], 1),
+            "attention_mask": torch.cat([front, self.mask], 1),
+            "labels": labels,
+        }
+        if model is self.pair.remote:
+            return model(**given, deep_prompts=deep).loss  # type: ignore[no-any-return]
+        with added_to_blocks(model, deep):
+            return model(**given).loss  # type: ignore[no-any-return]
+
+    def fresh_leaves(self) -> tuple[torch.Tensor, ...]:
+        return tuple(leaf.clone().requires_grad_() for leaf in self.leaves)
+
+
+def long_batch(pair: Pair) -> LongBatch:
+    ids = torch.randint(1, 256, (48, 60))
+    mask = torch.ones_like(ids)
+    for row in range(48):
+        mask[row, 60 - row % 7 :] = 0
+    leaves = (pair.embed(ids), torch.randn(1, 4, pair.width), torch.randn(BLOCKS, 4, pair.width) / 4)
+    return LongBatch(pair, ids, mask, leaves)
+
+
+def test_a_server_killed_between_forward_and_backward_changes_no_gradient_of_any_family(
     swarm: Swarm, pairs: dict[str, Pair]
 ) -> None:
-    pair = pairs["llama"]
-    ids = torch.randint(1, 256, (48, 64))  # three micro-batches
-    gradients = []
-
-    def gradient(model: Any, between: Callable[[], None]) -> None:
-        embeds = pair.embed(ids).requires_grad_()
-        loss = model(inputs_embeds=embeds, labels=ids).loss
-        between()
+    torch.manual_seed(5)
+    batches = [long_batch(pair) for pair in pairs.values()]
+    under_way = []
+    for batch in batches:
+        before = figure(swarm.second.socket_path, "device_jobs_done")
+        leaves = batch.fresh_leaves()
+        loss = batch.loss(batch.pair.remote, leaves)
+        # The server that is to die computed a part of this forward.
+        assert figure(swarm.second.socket_path, "device_jobs_done") > before
+        under_way.append((loss, leaves))
+    swarm.second.kill()
+    for batch, (loss, leaves) in zip(batches, under_way, strict=True):
+        before = figure(swarm.first.socket_path, "device_jobs_done")
         loss.backward()
-        gradients.append(embeds.grad)
-
-    def lose_the_second() -> None:
-        assert figure(swarm.second.socket_path, "device_jobs_done") > before["second"]
-        before["first"] = figure(swarm.first.socket_path, "device_jobs_done")
-        swarm.second.kill()
-
-    before = {"second": figure(swarm.second.socket_path, "device_jobs_done")}
-    gradient(pair.local, lambda: None)
-    gradient(pair.remote, lose_the_second)
-    same_gradients(gradients[1], gradients[0])
-    assert figure(swarm.first.socket_path, "device_jobs_done") >= before["first"] + 3
+        assert figure(swarm.first.socket_path, "device_jobs_done") >= before + 3
+        expected = batch.fresh_leaves()
+        local = batch.loss(batch.pair.local, expected)
+        local.backward()
+        torch.testing.assert_close(loss, local, **CLOSE)
+        for found, wanted in zip(leaves, expected, strict=True):
+            same_gradients(found.grad, wanted.grad)
