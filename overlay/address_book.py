@@ -19,6 +19,9 @@ class _Entry:
     protocols: tuple[str, ...] = ()
     record_sequence: int = -1
     last_success: float = float("-inf")
+    identified_at: float = float("-inf")
+    rtt_s: float | None = None
+    rtt_at: float = float("-inf")
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class AddressBook:
             return
         entry.record_sequence = sequence
         entry.protocols = protocols
+        entry.identified_at = now
         self.add(peer, addresses, now)
 
     def reached(self, peer: PeerId, address: Multiaddr | None, now: float) -> None:
@@ -84,6 +88,21 @@ class AddressBook:
         """What the peer said it speaks; empty while unknown."""
         entry = self._entries.get(peer)
         return () if entry is None else entry.protocols
+
+    def identified_at(self, peer: PeerId) -> float:
+        """When the peer last said who it is; minus infinity while it hasn't."""
+        entry = self._entries.get(peer)
+        return float("-inf") if entry is None else entry.identified_at
+
+    def measured(self, peer: PeerId, rtt_s: float, now: float) -> None:
+        """The round trip of a connection that ends."""
+        entry = self._touch(peer)
+        entry.rtt_s, entry.rtt_at = rtt_s, now
+
+    def rtt_s(self, peer: PeerId, now: float) -> float | None:
+        """The last known round trip, while it isn't too old."""
+        entry = self._entries.get(peer)
+        return None if entry is None or now - entry.rtt_at > limits.RTT_LIFE_S else entry.rtt_s
 
     def reached_peers(self) -> tuple[PeerId, ...]:
         """Peers that were reached, the latest first."""

@@ -59,6 +59,7 @@ class ConnectionOwner(Protocol):
 
     def connection_admitted(self, connection: Connection) -> bool: ...
     def connection_upgraded(self, connection: Connection) -> None: ...
+    def connection_left(self, connection: Connection) -> None: ...
     def connection_ended(self, connection: Connection, error: PeerdError) -> None: ...
     def stream_opened(self, connection: Connection, stream: Stream) -> None: ...
     def stream_ready(self, connection: Connection, stream: Stream) -> None: ...
@@ -98,7 +99,8 @@ class Connection(asyncio.BufferedProtocol):
         self._uplink: float | None = None
         self._pumping = False
         self._reading = False
-        self.draining = False
+        self.was_left = False
+        """Whether one of the two sides said go-away in good order: no stream begins here any more."""
         self.sent_bytes = 0
         self.received_bytes = 0
         self.opened_at = 0.0
@@ -230,7 +232,7 @@ class Connection(asyncio.BufferedProtocol):
     # --- the mux's events ---
 
     def lane_opened(self, lane: Lane) -> None:
-        if self.unnegotiated >= limits.STREAMS_UNNEGOTIATED_MAX or self.draining:
+        if self.unnegotiated >= limits.STREAMS_UNNEGOTIATED_MAX or self.session.remote_gone:
             self.session.reset(lane)
             return
         stream = Stream(self, lane, Priority.CONTROL, self.last_received)
@@ -255,12 +257,16 @@ class Connection(asyncio.BufferedProtocol):
             self.schedule(lane.owner)
 
     def pong(self, rtt_s: float) -> None:
-        """The session keeps the round trip time."""
+        """The session keeps the round trip time. After `leave` it means that the peer knows, and has opened what it will."""
+        if self.session.local_gone and not self.session.lanes:
+            self.close_nowait()
 
     def go_away(self, code: int) -> None:
-        self.draining = True
         if code != GOAWAY_NORMAL:
             self._fail(ConnectionLost(f"The peer ended the connection (go-away {code})."))
+        elif not self.was_left:
+            self.was_left = True
+            self._owner.connection_left(self)
 
     # --- streams ---
 
@@ -268,7 +274,7 @@ class Connection(asyncio.BufferedProtocol):
         """A new stream whose negotiation has started; `Stream.wait_negotiated` tells its end. Raises LimitExceeded, ConnectionLost."""
         if self._error is not None:
             raise self._error
-        if self.draining:
+        if self.was_left:
             raise ConnectionLost("The connection is closing; dial the peer again.")
         stream = Stream(self, self.session.open(), priority, self._now())
         if priority in (Priority.DECODE, Priority.BULK):
@@ -414,6 +420,22 @@ class Connection(asyncio.BufferedProtocol):
             stream = lane.owner
             if isinstance(stream, Stream) and stream.is_overdue(now):
                 stream.reset("timeout")
+
+    def leave(self) -> None:
+        """End it without harm to anybody: say GOAWAY, hear out what the peer had begun, close when it knows and no stream lives."""
+        if self._error is None and not self.was_left:
+            self.was_left = True
+            self.session.leave(self._now())
+            self._owner.connection_left(self)
+            self.pump()
+
+    def finish_leaving(self) -> None:
+        """The time to hear out is over: nothing new any more; closed as soon as no stream lives."""
+        if self.session.lanes:
+            if self.was_left:
+                self.session.go_away(GOAWAY_NORMAL)
+        else:
+            self.close_nowait()
 
     def close_nowait(self) -> None:
         """Say GOAWAY, flush what the socket takes, and close."""

@@ -11,23 +11,26 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from overlay import limits
 from overlay.address_book import AddressBook
 from overlay.connection import Connection
-from overlay.errors import ConnectionLost, DialError, PeerdError, TimedOut, UpgradeError
+from overlay.dialling import Dialler
+from overlay.errors import ConnectionLost, DialError, PeerdError, StreamReset, TimedOut, UpgradeError
 from overlay.gate import HandshakeGate
-from overlay.identify import IDENTIFY, IDENTIFY_PUSH, decode_identify, encode_identify, without_own_suffix
+from overlay.identify import IDENTIFY, IDENTIFY_PUSH, without_own_suffix
 from overlay.identity import Identity, PeerId
+from overlay.idle import to_leave
+from overlay.introductions import Introduced, Introductions
 from overlay.multiaddr import Multiaddr
 from overlay.noise.handshake import Handshake
 from overlay.ping import PING, answer_pings
-from overlay.ports import Listener, Ports
+from overlay.ports import Listener, Ports, Randomness
 from overlay.stream import Priority, Stream
-from overlay.upgrade import YAMUX, Upgrade
+from overlay.upgrade import YAMUX, Securing, Upgrade
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,6 @@ Handler = Callable[[Stream], Awaitable[None]]
 ConnectionListener = Callable[[Connection], None]
 NETWORK_PROLOGUE = b"peerd-network:1:"
 MAINTENANCE_S = 1.0
-IDENTIFY_READ_MAX = limits.IDENTIFY_BYTES_MAX * limits.IDENTIFY_MESSAGES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,52 @@ class HostConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Meeting:
+    """What one end of a new connection knows before its handshake."""
+
+    identity: Identity
+    initiator: bool
+    expected_peer: PeerId | None
+    prologue: bytes
+
+
+Secure = Callable[[Meeting, Randomness], Securing]
+"""How connections are secured: Noise, except where a simulation of thousands of hosts spares itself the arithmetic."""
+
+
+def secure_with_noise(meeting: Meeting, randomness: Randomness) -> Handshake:
+    """Noise XX with fresh keys."""
+    return Handshake(
+        meeting.identity,
+        X25519PrivateKey.from_private_bytes(randomness.token(32)),
+        X25519PrivateKey.from_private_bytes(randomness.token(32)),
+        initiator=meeting.initiator,
+        expected_peer=meeting.expected_peer,
+        muxers=(YAMUX,),
+        prologue=meeting.prologue,
+    )
+
+
+class Keep:
+    """Holds a peer's connection open, if there is one, until released: a context manager."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Once; again does nothing."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True, slots=True)
 class _Service:
     handler: Handler
     max_inbound_per_peer: int
@@ -58,11 +106,18 @@ class _Service:
 class Host:
     """``async with Host(identity, ports, config) as host``. Every method is for the loop's thread."""
 
-    def __init__(self, identity: Identity, ports: Ports, config: HostConfig | None = None) -> None:
+    def __init__(
+        self, identity: Identity, ports: Ports, config: HostConfig | None = None, *, secure: Secure = secure_with_noise
+    ) -> None:
         self.identity = identity
         self.ports = ports
         self.config = config or HostConfig()
         self.address_book = AddressBook()
+        self._secure = secure
+        self._dialler = Dialler(ports, self.address_book, self._dialling)
+        self._introductions = Introductions(
+            identity, self.config.agent, ports.clock, self.address_book, lambda: (self.addresses, self._served)
+        )
         self._services: dict[str, _Service] = {}
         self._served: frozenset[str] = frozenset()
         self._connections: dict[PeerId, Connection] = {}
@@ -77,7 +132,8 @@ class Host:
         self._gate = HandshakeGate(exempt_private=not self.config.rate_limit_private)
         self._tasks: asyncio.TaskGroup | None = None
         self._maintenance: asyncio.Task[None] | None = None
-        self._record_sequence = 0
+        self._keeps: dict[PeerId, int] = {}
+        self._busy = asyncio.Event()
         self._push_due = False
         self._closing = False
         self._prologue = NETWORK_PROLOGUE + self.config.network_secret if self.config.network_secret else b""
@@ -86,9 +142,9 @@ class Host:
 
     async def __aenter__(self) -> Self:
         self._tasks = await asyncio.TaskGroup().__aenter__()
-        self._record_sequence = int(self.ports.wall_clock.now_s() * 1000)
-        self.serve(IDENTIFY, self._answer_identify, max_inbound_per_peer=4)
-        self.serve(IDENTIFY_PUSH, self._take_identify_push, max_inbound_per_peer=4)
+        self._introductions.record_sequence = int(self.ports.wall_clock.now_s() * 1000)
+        self.serve(IDENTIFY, self._introductions.answer, max_inbound_per_peer=4)
+        self.serve(IDENTIFY_PUSH, self._introductions.take_push, max_inbound_per_peer=4)
         self.serve(PING, answer_pings, max_inbound_per_peer=2)
         self._maintenance = self._spawn(self._maintain(), "host maintenance")
         return self
@@ -136,6 +192,23 @@ class Host:
     def connections(self) -> tuple[Connection, ...]:
         return tuple(self._connections.values())
 
+    def rtt_s(self, peer: PeerId) -> float | None:
+        """The round trip to ``peer``: of the live connection, or of one that ended not long ago."""
+        live = self._connections.get(peer)
+        if live is not None and live.rtt_s is not None:
+            return live.rtt_s
+        return self.address_book.rtt_s(peer, self.ports.clock.now())
+
+    def keep(self, peer: PeerId) -> Keep:
+        """From now on a connection to ``peer`` is not left for being idle, and is pinged. Dials nothing."""
+        self._keeps[peer] = self._keeps.get(peer, 0) + 1
+        return Keep(lambda: self._unkeep(peer))
+
+    def _unkeep(self, peer: PeerId) -> None:
+        self._keeps[peer] -= 1
+        if not self._keeps[peer]:
+            del self._keeps[peer]
+
     def protocols_of(self, peer: PeerId) -> tuple[str, ...]:
         """What ``peer`` said it speaks; empty until identify ended."""
         return self.address_book.protocols(peer)
@@ -144,9 +217,13 @@ class Host:
         return self._served
 
     def add_connection_listener(self, on_open: ConnectionListener, on_close: ConnectionListener) -> None:
-        """Hear of every kept connection, synchronously."""
+        """Hear of every connection that is used, synchronously; one that was left (`Connection.was_left`) is closed for its users."""
         self._on_open.append(on_open)
         self._on_close.append(on_close)
+
+    def add_introduction_listener(self, listener: Introduced) -> None:
+        """Hear of every peer that said what it speaks."""
+        self._introductions.add_listener(listener)
 
     # --- serving ---
 
@@ -157,13 +234,13 @@ class Host:
         """Hand inbound streams of ``protocol`` to ``handler``, each in a task of its own."""
         self._services[protocol] = _Service(handler, max_inbound_per_peer, priority)
         self._served = frozenset(self._services)
-        self._push_due = True
+        self._push_soon()
 
     def unserve(self, protocol: str) -> None:
         """Stop accepting streams of ``protocol``; running handlers go on."""
         self._services.pop(protocol, None)
         self._served = frozenset(self._services)
-        self._push_due = True
+        self._push_soon()
 
     async def listen(self, address: Multiaddr) -> tuple[Multiaddr, ...]:
         """Listen; returns the full addresses. Raises ListenError."""
@@ -171,8 +248,8 @@ class Host:
             if transport.can_dial(address):
                 listener = await transport.listen(address, self._accepting)
                 self._listeners.append(listener)
-                self._record_sequence += 1
-                self._push_due = True
+                self._introductions.record_sequence += 1
+                self._push_soon()
                 return tuple(found.with_peer(str(self.peer_id)) for found in listener.addresses)
         raise DialError(f"No transport can listen on {address}; use an address like /ip4/0.0.0.0/tcp/4001.")
 
@@ -185,149 +262,82 @@ class Host:
         """
         now = self.ports.clock.now()
         if peer is None:
-            return await self._dial_any(None, tuple(addresses))
+            met = await self._dialler.dial(None, tuple(addresses))
+            return self._connections.get(met.remote_peer, met)
         if peer == self.peer_id:
             raise DialError("This is the node itself; it needs no connection to itself.")
         live = self._connections.get(peer)
-        if live is not None and live.is_open and not live.draining:
+        if live is not None and live.is_open and not live.was_left:
             return live
         if addresses:
             self.address_book.add(peer, (a for a in addresses if without_own_suffix(a, peer) is not None), now)
         dial = self._dials.get(peer)
         if dial is None:
             assert self._tasks is not None, "use `async with Host(...)`"
-            dial = self._tasks.create_task(self._dial_peer(peer), name=f"dial {peer.short}")
+            dial = self._tasks.create_task(self._dialler.dial_known(peer), name=f"dial {peer.short}")
             self._dials[peer] = dial
             dial.add_done_callback(lambda done: self._dial_ended(peer, done))
         outcome = await asyncio.shield(dial)
         if isinstance(outcome, PeerdError):
             raise outcome
-        return outcome
+        return self._connections.get(peer, outcome)
 
     def _dial_ended(self, peer: PeerId, dial: asyncio.Task[Connection | PeerdError]) -> None:
         if self._dials.get(peer) is dial:
             del self._dials[peer]
 
-    async def _dial_peer(self, peer: PeerId) -> Connection | PeerdError:
-        """Shared by all who dial ``peer`` now; runs in the host's group, so a failure is returned, not raised."""
-        now = self.ports.clock.now()
-        known = self.address_book.addresses(peer, now)
-        if not known:
-            return DialError(f"No address of {peer} is known.")
-        usable = [address for address in known if self.address_book.may_dial(address, now)]
-        if not usable:
-            return DialError(f"{peer} could not be reached a moment ago; it is tried again in a while.")
-        try:
-            return await self._dial_any(peer, tuple(usable))
-        except PeerdError as error:
-            return error
-
-    async def _dial_any(self, peer: PeerId | None, addresses: tuple[Multiaddr, ...]) -> Connection:
-        """Happy eyeballs: the next address starts when one failed or `DIAL_STAGGER_S` passed."""
-        pending: list[asyncio.Task[Connection]] = []
-        left = list(addresses)
-        failure: PeerdError = DialError("No usable address was given; use one like /ip4/203.0.113.7/tcp/4001.")
-        try:
-            while left or pending:
-                if left:
-                    address = left.pop(0)
-                    attempt = self._dial_one(peer, address)
-                    pending.append(asyncio.get_running_loop().create_task(attempt, name=f"dial {address}"))
-                done, _ = await asyncio.wait(
-                    pending, timeout=limits.DIAL_STAGGER_S if left else None, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in [task for task in pending if task in done]:
-                    pending.remove(task)
-                    error = task.exception()
-                    if error is None:
-                        return task.result()
-                    if not isinstance(error, PeerdError):
-                        raise error
-                    failure = error
-            raise failure
-        finally:
-            for task in pending:
-                task.cancel()
-
-    async def _dial_one(self, peer: PeerId | None, address: Multiaddr) -> Connection:
-        named = address.get("p2p")
-        expected = peer or (PeerId.from_text(named) if named else None)
-        transport = next((found for found in self.ports.transports if found.can_dial(address)), None)
-        if transport is None:
-            raise DialError(f"No transport can dial {address}.")
-        made: list[Connection] = []
-
-        def factory() -> Connection:
-            made.append(self._new_connection(inbound=False, expected=expected))
-            return made[-1]
-
-        try:
-            async with asyncio.timeout(limits.DIAL_TIMEOUT_S):
-                connection = cast(Connection, await transport.dial(address, factory))
-                connection.remote_address = address.without_peer()
-                await asyncio.shield(connection.upgraded)
-        except TimeoutError:
-            self.address_book.failed(address, self.ports.clock.now())
-            raise TimedOut(
-                f"{address} did not answer within {limits.DIAL_TIMEOUT_S:.0f} s; is the peer running?"
-            ) from None
-        except PeerdError as error:
-            self.address_book.failed(address, self.ports.clock.now())
-            if isinstance(error, ConnectionLost):
-                raise UpgradeError(
-                    f"{address} closed the connection during the handshake; it may be in another network."
-                ) from error
-            raise
-        finally:
-            for connection in made:
-                if not connection.is_open:
-                    connection.abort(ConnectionLost("The dial was given up."))
-        self.address_book.reached(connection.remote_peer, address, self.ports.clock.now())
-        return self._connections.get(connection.remote_peer, connection)
-
     async def open_stream(
         self, peer: PeerId, protocol: str, *, addresses: Sequence[Multiaddr] = (),
-        priority: Priority = Priority.CONTROL, timeout_s: float = limits.NEGOTIATE_TIMEOUT_S,
+        priority: Priority = Priority.CONTROL, timeout_s: float = limits.NEGOTIATE_TIMEOUT_S, lazily: bool = False,
     ) -> Stream:  # fmt: skip
         """A stream that speaks ``protocol``, dialling if needed. Raises typed errors; cancel-safe.
 
-        Where identify listed the protocol the caller's first bytes travel with the proposal, without a round trip.
+        Where identify listed the protocol, or ``lazily``, the caller's first bytes travel with the proposal, without a round trip; a
+        refusal then comes when the stream is read. A connection that the peer is leaving just now is replaced by a new one, once.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self.connect(peer, addresses)
-                stream = connection.open_stream(protocol, priority)
-                if protocol not in self.protocols_of(peer):
-                    try:
-                        await stream.wait_negotiated()
-                    except asyncio.CancelledError:
-                        stream.reset()
-                        raise
-                return stream
+                try:
+                    return await self._open_stream(peer, protocol, addresses, priority, lazily)
+                except _Left:
+                    return await self._open_stream(peer, protocol, addresses, priority, lazily)
         except TimeoutError:
             raise TimedOut(f"{peer} did not open a {protocol} stream within {timeout_s:.0f} s.") from None
+
+    async def _open_stream(
+        self, peer: PeerId, protocol: str, addresses: Sequence[Multiaddr], priority: Priority, lazily: bool
+    ) -> Stream:
+        connection = await self.connect(peer, addresses)
+        try:
+            stream = connection.open_stream(protocol, priority)
+            if not lazily and protocol not in self.protocols_of(peer):
+                try:
+                    await stream.wait_negotiated()
+                except asyncio.CancelledError:
+                    stream.reset()
+                    raise
+        except (ConnectionLost, StreamReset) as error:
+            if connection.was_left:
+                raise _Left(str(error)) from error
+            raise
+        return stream
 
     # --- connections, told by themselves ---
 
     def _accepting(self) -> Connection:
         return self._new_connection(inbound=True, expected=None)
 
+    def _dialling(self, expected: PeerId | None) -> Connection:
+        return self._new_connection(inbound=False, expected=expected)
+
     def _new_connection(self, *, inbound: bool, expected: PeerId | None) -> Connection:
         def upgrade() -> Upgrade:
-            token = self.ports.randomness.token
-            handshake = Handshake(
-                self.identity,
-                X25519PrivateKey.from_private_bytes(token(32)),
-                X25519PrivateKey.from_private_bytes(token(32)),
-                initiator=not inbound,
-                expected_peer=expected,
-                muxers=(YAMUX,),
-                prologue=self._prologue,
-            )
-            return Upgrade(handshake, initiator=not inbound)
+            meeting = Meeting(self.identity, not inbound, expected, self._prologue)
+            return Upgrade(self._secure(meeting, self.ports.randomness), initiator=not inbound)
 
         connection = Connection(self, upgrade, self.ports.clock.now, is_inbound=inbound)
         self._upgrading[connection] = self.ports.clock.now() + limits.UPGRADE_TIMEOUT_S
+        self._busy.set()
         return connection
 
     def connection_admitted(self, connection: Connection) -> bool:
@@ -353,7 +363,10 @@ class Host:
                 for listener in self._on_open:
                     listener(connection)
         connection.session.ping(now)
-        self._spawn(self._identify(connection), f"identify {peer.short}")
+        if self._introductions.is_due(peer):
+            self._spawn(self._introductions.ask(connection), f"identify {peer.short}")
+        if len(self._connections) > limits.CONNECTIONS_IDLE_MAX:
+            self._leave_idle(now)
 
     def _wins(self, new: Connection, old: Connection) -> bool:
         """Of two simultaneous connections the one whose initiator has the smaller peer id stays, on both sides."""
@@ -372,17 +385,43 @@ class Host:
     def connection_ended(self, connection: Connection, error: PeerdError) -> None:
         self._upgrading.pop(connection, None)
         self._draining.pop(connection, None)
+        if connection.was_upgraded:
+            self._remember_rtt(connection)
         if not connection.was_upgraded or self._connections.get(connection.remote_peer) is not connection:
             return
         peer = connection.remote_peer
         del self._connections[peer]
-        heir = next((found for found in self._draining if found.remote_peer == peer and found.is_open), None)
+        heir = next(
+            (found for found in self._draining if found.remote_peer == peer and found.is_open and not found.was_left),
+            None,
+        )
         if heir is not None:
             del self._draining[heir]
             self._connections[peer] = heir
             return
         for listener in self._on_close:
             listener(connection)
+
+    def connection_left(self, connection: Connection) -> None:
+        """One of the two said go-away: nothing new begins on it, what runs goes on, and another may be dialled."""
+        self._draining[connection] = self.ports.clock.now() + limits.LEAVE_S
+        if self._connections.get(connection.remote_peer) is connection:
+            self._remember_rtt(connection)
+            del self._connections[connection.remote_peer]
+            for listener in self._on_close:
+                listener(connection)
+
+    def _remember_rtt(self, connection: Connection) -> None:
+        if connection.rtt_s is not None:
+            self.address_book.measured(connection.remote_peer, connection.rtt_s, self.ports.clock.now())
+
+    def _leave_idle(self, now: float) -> None:
+        """Leave what is idle for too long, or too many; see `overlay.idle`."""
+        quiet = [
+            found for peer, found in self._connections.items() if not found.session.lanes and peer not in self._keeps
+        ]
+        for index in to_leave([found.last_received for found in quiet], len(self._connections), now):
+            quiet[index].leave()
 
     def stream_opened(self, connection: Connection, stream: Stream) -> None:
         """An inbound stream, before its protocol is known: `Connection.reap` bounds how long that takes."""
@@ -417,80 +456,51 @@ class Host:
             if not self._inbound[key]:
                 del self._inbound[key]
 
-    # --- identify ---
-
-    def _identify_message(self, connection: Connection) -> bytes:
-        protocols = sorted(self._served)
-        return encode_identify(
-            self.identity, self.addresses[: limits.ADDRESSES_PER_PEER], protocols, connection.remote_address,
-            self.config.agent, self._record_sequence,
-        )  # fmt: skip
-
-    async def _answer_identify(self, stream: Stream) -> None:
-        await stream.write(self._identify_message(stream.connection))
-        await stream.close_write()
-
-    async def _take_identify_push(self, stream: Stream) -> None:
-        self._identified(stream.remote_peer, await _read_to_end(stream, IDENTIFY_READ_MAX))
-
-    async def _identify(self, connection: Connection) -> None:
-        try:
-            async with asyncio.timeout(limits.IDENTIFY_TIMEOUT_S):
-                stream = connection.open_stream(IDENTIFY)
-                self._identified(connection.remote_peer, await _read_to_end(stream, IDENTIFY_READ_MAX))
-                await stream.close_write()
-        except (PeerdError, TimeoutError) as error:
-            log.debug("identify with %s failed: %s", connection.remote_peer.short, error)
-
-    def _identified(self, peer: PeerId, data: bytes) -> None:
-        found = decode_identify(data, peer)
-        now = self.ports.clock.now()
-        self.address_book.identified(peer, found.addresses, found.protocols, found.record_sequence, now)
-
-    async def _push_identify(self, connection: Connection) -> None:
-        try:
-            async with asyncio.timeout(limits.IDENTIFY_TIMEOUT_S):
-                stream = connection.open_stream(IDENTIFY_PUSH)
-                await stream.write(self._identify_message(connection))
-                await stream.close()
-        except (PeerdError, TimeoutError) as error:
-            log.debug("identify push to %s failed: %s", connection.remote_peer.short, error)
-
     # --- maintenance ---
 
+    def _push_soon(self) -> None:
+        self._push_due = True
+        self._busy.set()
+
     async def _maintain(self) -> None:
+        """A host without connections has nothing to look after, and sleeps."""
         while True:
+            self._busy.clear()
+            if not (self._connections or self._upgrading or self._draining or self._push_due):
+                await self._busy.wait()
             await asyncio.sleep(MAINTENANCE_S)
             self.maintain(self.ports.clock.now())
 
     def maintain(self, now: float) -> None:
-        """Once a second: overdue handshakes, silent connections, drained duplicates, identify pushes."""
+        """Once a second: overdue handshakes, silent and idle connections, those that drain, identify pushes."""
         for connection, deadline in list(self._upgrading.items()):
             if now > deadline:
                 connection.abort(UpgradeError("The handshake took too long."))
         for connection, deadline in list(self._draining.items()):
-            if now > deadline and not connection.session.lanes:
-                connection.close_nowait()
+            if now > deadline:
+                connection.finish_leaving()
         for connection in [*self._connections.values(), *self._draining]:
-            connection.reap(now)
-            sent = connection.session.ping_sent_at
-            quiet = now - connection.last_received
-            if sent is not None and quiet > limits.SILENT_DEAD_S:
-                connection.abort(ConnectionLost("The peer fell silent."))
-            elif quiet > limits.PING_IDLE_S and sent is None:
-                connection.session.ping(now)
-                connection.pump()
+            self._check_alive(connection, now)
+        self._leave_idle(now)
         if self._push_due:
             self._push_due = False
-            self._record_sequence += 1
+            self._introductions.record_sequence += 1
             for connection in self._connections.values():
-                self._spawn(self._push_identify(connection), f"identify push {connection.remote_peer.short}")
+                self._spawn(self._introductions.push(connection), f"identify push {connection.remote_peer.short}")
+
+    def _check_alive(self, connection: Connection, now: float) -> None:
+        """Pings are for connections in use and for those that somebody keeps; the others end for being idle."""
+        if connection.session.lanes:
+            connection.reap(now)
+        is_wanted = connection.session.lanes or connection.remote_peer in self._keeps
+        sent = connection.session.ping_sent_at
+        quiet = now - connection.last_received
+        if sent is not None and quiet > limits.SILENT_DEAD_S:
+            connection.abort(ConnectionLost("The peer fell silent."))
+        elif quiet > limits.PING_IDLE_S and sent is None and is_wanted:
+            connection.session.ping(now)
+            connection.pump()
 
 
-async def _read_to_end(stream: Stream, limit: int) -> bytes:
-    out = bytearray()
-    while chunk := await stream.read():
-        out += chunk
-        if len(out) > limit:
-            raise UpgradeError("A peer sent an identify message that is too long.")
-    return bytes(out)
+class _Left(ConnectionLost):
+    """The connection that was there was being left by the peer: another one is worth a try."""

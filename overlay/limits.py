@@ -29,6 +29,15 @@ CLOSE_TIMEOUT_S = 1.0
 DUPLICATE_DRAIN_S = 2.0
 """A duplicate connection lives at least so long, since its peer may be opening a stream on it, and then until its streams end."""
 DUPLICATES_PER_PEER = 4
+CONNECTION_IDLE_S = 20.0
+"""A connection without streams that nobody keeps is left after so long: a DHT has thousands of contacts, and needs few at a time."""
+CONNECTIONS_IDLE_MAX = 64
+SURPLUS_IDLE_S = 1.0
+"""While more are open, the longest idle are left after so long: one that was just dialled is about to be used."""
+LEAVE_S = 2.0
+"""A connection that one side has left takes streams that were under way for so long, and ends when they have."""
+RTT_LIFE_S = 900.0
+"""So long the round trip of a connection that ended is still told."""
 STREAM_LINGER_S = 30.0
 """A stream that this side has closed is reset when the peer has not ended it within this time."""
 HANDSHAKES_MAX = 64
@@ -51,4 +60,6 @@ ADDRESS_LIFE_S = 3600.0
 IDENTIFY_BYTES_MAX = 8 << 10
 IDENTIFY_MESSAGES_MAX = 10
 IDENTIFY_TIMEOUT_S = 10.0
+IDENTIFY_FRESH_S = 600.0
+"""A peer that said who it is within this time isn't asked again at the next connection."""
 PROTOCOLS_PER_PEER = 128

@@ -7,14 +7,26 @@ and first handshake message in one write, and the muxer rides in the handshake w
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import Protocol
 
 from overlay.errors import PeerdError, UpgradeError
 from overlay.multistream import Initiator, Responder, proposal
-from overlay.noise.handshake import HANDSHAKE_MESSAGE_BYTES_MAX, Handshake, HandshakeResult
+from overlay.noise.handshake import HANDSHAKE_MESSAGE_BYTES_MAX, HandshakeResult
 
 NOISE = "/noise"
 YAMUX = "/yamux/1.0.0"
 UPGRADE_BYTES_MAX = 16 << 10
+
+
+class Securing(Protocol):
+    """A handshake over whole messages: `overlay.noise.handshake.Handshake`, or what stands for it."""
+
+    result: HandshakeResult | None
+
+    @property
+    def wants_to_write(self) -> bool: ...
+    def write(self) -> bytes: ...
+    def read(self, message: bytes) -> None: ...
 
 
 class _State(Enum):
@@ -27,7 +39,7 @@ class _State(Enum):
 class Upgrade:
     """One side of an upgrade. `start` and `receive` return bytes to send; `result` is set at the end, `rest` is what follows it."""
 
-    def __init__(self, handshake: Handshake, *, initiator: bool) -> None:
+    def __init__(self, handshake: Securing, *, initiator: bool) -> None:
         self._handshake = handshake
         self._initiator = initiator
         self._security = Initiator(NOISE) if initiator else Responder((NOISE,))

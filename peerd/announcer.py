@@ -13,6 +13,7 @@ from dataclasses import replace
 from blocks.model.identity import Manifest
 from overlay.dht.node import Dht
 from overlay.host import Host
+from overlay.identity import PeerId
 from overlay.ports import Clock
 from peerd.manifest_record import encode_manifest
 from peerd.swarm import Swarm
@@ -91,12 +92,11 @@ class Announcer:
             self.announce(figures, self._blocks[model])
 
     def _neighbours(self, model: ModelId) -> tuple[tuple[bytes, float], ...]:
-        """Round trips to other servers of the model, as far as this node is connected to them; the nearest first."""
-        serving = {server.peer for server in self._swarm.view(model).servers}
+        """Round trips to other servers of the model, as far as this node was connected to them lately; the nearest first."""
         measured = [
-            (connection.rtt_s, connection.remote_peer.multihash)
-            for connection in self._host.connections()
-            if connection.rtt_s is not None and connection.remote_peer.multihash in serving
+            (rtt_s, server.peer)
+            for server in self._swarm.view(model).servers
+            if (rtt_s := self._host.rtt_s(PeerId.from_bytes(server.peer))) is not None
         ]
         return tuple((peer, rtt_s) for rtt_s, peer in sorted(measured)[:NEIGHBOURS_MAX])
 

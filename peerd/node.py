@@ -237,7 +237,8 @@ class Node:
         log.info("joined the network")
 
     def _hung_up(self, connection: Connection) -> None:
-        self._swarm.hung_up(connection.remote_peer.multihash)
+        if not connection.was_left or connection.session.remote_gone:  # what this side left for being idle is no news
+            self._swarm.hung_up(connection.remote_peer.multihash)
 
     async def _remember_peers(self) -> None:
         while True:

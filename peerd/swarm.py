@@ -351,8 +351,7 @@ class Swarm:
             raise
 
     def _measured_rtt(self, peer: bytes) -> float | None:
-        connection = self._host.connection(PeerId.from_bytes(peer))
-        return None if connection is None else connection.rtt_s
+        return self._host.rtt_s(PeerId.from_bytes(peer))
 
     def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
         """A session's experience with a peer, or with its link to ``edge``."""

@@ -366,6 +366,9 @@ class Dht:
             self._spawn(f"hand over {fresh.peer}", self._hand_over(fresh))
 
     def _connection_closed(self, connection: Connection) -> None:
+        """A connection that broke is a reason to look after its peer; one that was left is none, and looking would dial again."""
+        if connection.was_left:
+            return
         peer = connection.remote_peer
         if self._table.get(Contact(peer).id) is not None:
             self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from overlay.errors import Blame, PeerdError, ProtocolViolation, TimedOut
+from overlay.errors import Blame, ConnectionLost, PeerdError, ProtocolViolation, StreamReset, TimedOut
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
@@ -111,28 +111,48 @@ async def call(
     message_bytes_max: int = limits.MESSAGE_BYTES_MAX,
     priority: Priority = Priority.CONTROL,
 ) -> Message:
-    """One call. Raises RemoteError, TimedOut, or the overlay's errors. Cancel-safe: the stream is reset."""
+    """One call. Raises RemoteError, TimedOut, or the overlay's errors. Cancel-safe: the stream is reset.
+
+    A call that was lost with a connection which the peer was leaving is made once more: handlers of unary calls bear being asked twice.
+    """
     nonce = host.ports.randomness.token(limits.NONCE_BYTES)
     header = {**message.header, "nonce": nonce, "budget_ms": max(1, int(timeout_s * 1000))}
-    stream: Stream | None = None
-    finished = False
+    question = replace(message, header=header)
+    tries = 2
     try:
         async with asyncio.timeout(timeout_s):
-            stream = await host.open_stream(peer, protocol, addresses=addresses, priority=priority, timeout_s=timeout_s)
-            channel = MessageChannel(stream, host.identity, message_bytes_max=message_bytes_max)
-            await channel.send_and_drain(replace(message, header=header), end=True)
-            answer = await channel.receive()
-            channel.close()
-            finished = True
+            while True:
+                tries -= 1
+                # Lazily: a peer that doesn't speak the protocol refuses, and has heard nothing of it.
+                stream = await host.open_stream(
+                    peer, protocol, addresses=addresses, priority=priority, timeout_s=timeout_s, lazily=True
+                )
+                try:
+                    answer = await _ask(stream, host, question, message_bytes_max)
+                    break
+                except (ConnectionLost, StreamReset):
+                    if not tries or not stream.connection.was_left:
+                        raise
     except TimeoutError:
         raise TimedOut(f"{peer} did not answer {message.kind} within {timeout_s:.1f} s.") from None
-    finally:
-        if stream is not None and not finished and stream.error is None:
-            stream.reset("given-up")
     if answer.header.get("nonce") != nonce:
         raise ProtocolViolation("A peer answered another question than was asked.")
     if answer.kind == ERROR_KIND:
         raise _remote_error(answer.header)
+    return answer
+
+
+async def _ask(stream: Stream, host: Host, question: Message, message_bytes_max: int) -> Message:
+    finished = False
+    try:
+        channel = MessageChannel(stream, host.identity, message_bytes_max=message_bytes_max)
+        await channel.send_and_drain(question, end=True)
+        answer = await channel.receive()
+        channel.close()
+        finished = True
+    finally:
+        if not finished and stream.error is None:
+            stream.reset("given-up")
     return answer
 
 

@@ -134,6 +134,7 @@ class Session:
         self.rtt_s: float | None = None
         self.remote_gone = False
         self.local_gone = False
+        self._hears_out = False
 
     # --- outbound ---
 
@@ -214,8 +215,17 @@ class Session:
         """When the unanswered ping left, or None."""
         return self._ping_sent
 
+    def leave(self, now: float) -> None:
+        """Queue GOAWAY and a ping: whatever the peer opened before it heard of it is accepted, and has come when the pong has."""
+        if not self.local_gone:
+            self.go_away(GOAWAY_NORMAL)
+            self._hears_out = True
+            self._ping_sent = None
+            self.ping(now)
+
     def go_away(self, code: int) -> None:
         """Queue GOAWAY; no new streams afterwards."""
+        self._hears_out = False
         if not self.local_gone:
             self.local_gone = True
             self._queue(HEADER.pack(0, TYPE_GOAWAY, 0, 0, code))
@@ -297,7 +307,7 @@ class Session:
             raise ProtocolViolation("A peer opened a stream with an id that is not its own, or twice.")
         self._last_remote_id = stream
         lane = Lane(stream, outbound=False, ack_due=True, acked=True)
-        if len(self.lanes) >= STREAMS_MAX or self.local_gone:
+        if len(self.lanes) >= STREAMS_MAX or (self.local_gone and not self._hears_out):
             self._queue(HEADER.pack(0, TYPE_WINDOW, FLAG_RST, stream, 0))
             self._forget(stream)
             return None

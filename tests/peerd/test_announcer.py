@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any, cast
 
+from overlay.identity import PEER_ID_PREFIX, PeerId
 from peerd.announcer import FIGURES_S_MIN, SPAN_TTL_S, Announcer
 from routing.catalog import ModelView
 from routing.records import BLOCKS_PER_GROUP, NEIGHBOURS_MAX, SpanRecord, State, decode_record, span_keys
@@ -46,8 +46,8 @@ class Board:
     def view(self, model: bytes) -> ModelView:
         return ModelView(MODEL, BLOCKS, self.others)
 
-    def connections(self) -> list[Any]:
-        return [SimpleNamespace(rtt_s=rtt, remote_peer=SimpleNamespace(multihash=peer)) for peer, rtt in self.rtts]
+    def rtt_s(self, peer: PeerId) -> float | None:
+        return dict(self.rtts).get(peer.multihash)
 
     def now(self) -> float:
         return self.time
@@ -130,12 +130,12 @@ def test_stores_stay_under_what_holders_take_in_a_minute() -> None:
 
 
 def test_round_trips_to_other_servers_are_told_nearest_first() -> None:
-    peers = [bytes([65 + number]) for number in range(NEIGHBOURS_MAX + 4)]
+    peers = [PEER_ID_PREFIX + bytes([65 + number]) * 32 for number in range(NEIGHBOURS_MAX + 4)]
     board = Board(
         others=tuple(replace(record(), peer=peer) for peer in peers),
         rtts=[
-            (b"stranger", 0.001),
-            (b"A", None),
+            (PEER_ID_PREFIX + bytes(32), 0.001),
+            (peers[0], None),
             *((peer, 0.5 - 0.01 * index) for index, peer in enumerate(peers[1:])),
         ],
     )

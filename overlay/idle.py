@@ -1,0 +1,29 @@
+"""Which of the open connections are no longer worth holding. Pure.
+
+A connection is *quiet* while it carries no stream and nobody on this side keeps it; a ping from the peer, who may be keeping it, counts
+as use. Quiet ones are left after `CONNECTION_IDLE_S`; while more than `CONNECTIONS_IDLE_MAX` are open after `SURPLUS_IDLE_S` already,
+the longest quiet first. Those in use are never left, however many they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from overlay import limits
+
+
+def to_leave(quiet_since: Sequence[float], open_count: int, now: float) -> list[int]:
+    """Which of the quiet connections to leave, as indices, the longest quiet first (of equals the first).
+
+    Args:
+        quiet_since: When each of them was last used.
+        open_count: How many are open in all, quiet or not.
+        now: This moment.
+    """
+    surplus = open_count - limits.CONNECTIONS_IDLE_MAX
+    order = sorted(range(len(quiet_since)), key=lambda index: quiet_since[index])
+    return [
+        index
+        for place, index in enumerate(order)
+        if now - quiet_since[index] >= (limits.SURPLUS_IDLE_S if place < surplus else limits.CONNECTION_IDLE_S)
+    ]
