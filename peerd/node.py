@@ -7,6 +7,7 @@ Owns the order in which parts start and stop, the join of the network, and the v
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from peerd.adapters.store import AdapterStore
 from peerd.announcer import Announcer
 from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
-from peerd.config import Config
+from peerd.config import AUTO, Config
 from peerd.decoding import Decode, DecodeListener, DecodeRequest, DecoderPool
 from peerd.generation import Stopping, TextModel
 from peerd.hidden_sessions import HiddenSession, HiddenSessions
@@ -62,6 +63,8 @@ JOIN_RETRY_MIN_S = 1.0
 JOIN_RETRY_MAX_S = 30.0
 SAVE_PEERS_S = 60.0
 BOOT_ID_BYTES = 16
+PLACE_UNSEEN_S = 15.0
+"""How long ``--serve-blocks auto`` waits for its network; after that it serves what it would serve alone."""
 
 
 class ModelPending(PeerdError):
@@ -109,7 +112,7 @@ class Node:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._draining = False
-        self._joined = False
+        self._joined = asyncio.Event()
         self._serving = False
         self.identity = Identity.load_or_create(storage, ports.randomness)
         self.metrics = Metrics(VERSION, str(self.identity.peer_id))
@@ -172,7 +175,8 @@ class Node:
         """Background work until somebody asks to stop; the first part that can't go on ends it with its error."""
         join = self.config.network.join or load_known_peers(self._storage)
         new_network = not join
-        self._joined = new_network
+        if new_network:
+            self._joined.set()
         async with AsyncExitStack() as stack:
             tasks: list[asyncio.Future[Any]] = [
                 asyncio.ensure_future(work)  # noqa: TID251 - owned here, and always awaited below
@@ -195,6 +199,10 @@ class Node:
                     task.result()
 
     async def _serve(self, *, new_network: bool) -> None:
+        if self.config.serving.blocks == AUTO:  # which blocks are weakest is for the network to say
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PLACE_UNSEEN_S):
+                    await self._joined.wait()
         await self._models.serve_configured(new_network=new_network)
         self._serving = True
 
@@ -217,7 +225,7 @@ class Node:
         own = str(self.identity.peer_id)
         others = tuple(address for address in addresses if address.get("p2p") != own)
         if not others:
-            self._joined = True
+            self._joined.set()
             return
         delay_s = JOIN_RETRY_MIN_S
         warned = False
@@ -231,7 +239,7 @@ class Node:
                 warned = True
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, JOIN_RETRY_MAX_S)
-        self._joined = True
+        self._joined.set()
         self._save_peers()  # now, so that a daemon that is killed young finds its network again
         self._swarm.look_now()
         log.info("joined the network")
@@ -290,7 +298,7 @@ class Node:
         return self._host.addresses
 
     def status(self) -> Status:
-        state = "draining" if self._draining else "online" if self._joined else "joining"
+        state = "draining" if self._draining else "online" if self._joined.is_set() else "joining"
         served = tuple(
             ServedModel(found.model.hex(), found.name, found.record.span, found.record.state.value, found.progress)
             for found in self._models.served()
@@ -382,9 +390,9 @@ class Node:
         try:
             return self._swarm.resolve_name(name)
         except UnknownModel as error:
-            if self._joined and self._serving:
+            if self._joined.is_set() and self._serving:
                 raise
-            doing = "loads its models" if self._joined else "looks for its network"
+            doing = "loads its models" if self._joined.is_set() else "looks for its network"
             raise ModelPending(f"{error} This daemon still {doing}.") from error
 
     def _start(self, drivable: Drivable, request: DecodeRequest, listener: DecodeListener) -> Decode:
