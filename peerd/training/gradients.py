@@ -31,7 +31,8 @@ def narrowed(part: Part, dtype: str) -> Part:
         return part
     values = widened(part)
     if dtype != "bfloat16":
-        return Part(part.name, dtype, part.shape, values.astype(np.dtype(dtype)).tobytes())
+        with np.errstate(over="ignore"):  # infinite, as in torch
+            return Part(part.name, dtype, part.shape, values.astype(np.dtype(dtype)).tobytes())
     bits = values.view(np.uint32)
     odd = (bits >> np.uint32(_MANTISSA_CUT)) & np.uint32(1)
     rounded = ((bits + odd + np.uint32(0x7FFF)) >> np.uint32(_MANTISSA_CUT)).astype(np.uint16)
@@ -39,10 +40,11 @@ def narrowed(part: Part, dtype: str) -> Part:
     return Part(part.name, dtype, part.shape, np.where(np.isnan(values), kept, rounded).tobytes())
 
 
-def mean(name: str, parts: Sequence[Part], count: int) -> Part:
+def mean(name: str, parts: Sequence[Part], divisor: float) -> Part:
     """The sum in float32, first to last, divided once."""
     total = widened(parts[0]).copy()
-    for part in parts[1:]:
-        total += widened(part)
-    total /= np.float32(count)
+    with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite is the optimizer's to skip
+        for part in parts[1:]:
+            total += widened(part)
+        total /= np.float32(divisor)
     return Part(name, "float32", total.shape, total.tobytes())

@@ -6,7 +6,9 @@ Must not know what runs.
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -16,9 +18,10 @@ from typing import Any
 
 from peerd.durable import sync_directory, write_synced
 from peerd.training.checkpoint import ASIDE
-from peerd.training.errors import BadSettings, CheckpointFailed
+from peerd.training.errors import BadCheckpoint, BadSettings, CheckpointFailed
 from peerd.training.settings import JobSettings, parse_settings
 
+log = logging.getLogger(__name__)
 JOB, DATASET, LOSSES = "job.json", "dataset.jsonl", "losses.jsonl"
 NEW_SUFFIX = ".new"
 
@@ -102,23 +105,36 @@ class JobDirectory:
     def __init__(self, jobs: Path, name: str) -> None:
         self.path = jobs / name
 
-    def create(self, record: Record, dataset: bytes) -> None:
-        """Make it, in place of one that was there. Raises CheckpointFailed when the disk doesn't take it."""
-        aside = self.path.with_name(self.path.name + NEW_SUFFIX)
+    def write_aside(self, record: Record, dataset: bytes) -> None:
+        """Write all of it where no job is looked for. Raises CheckpointFailed when the disk doesn't take it."""
+        aside = self._aside
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(mode=0o700, parents=True)
             write_synced(aside / DATASET, dataset)
             write_synced(aside / JOB, record.encode())
             sync_directory(aside)
+        except OSError as error:
+            raise self._not_kept(error) from error
+
+    def enter(self) -> None:
+        """Make what was written aside the job, in place of one that was there: a moment's work. Raises CheckpointFailed."""
+        try:
             shutil.rmtree(self.path, ignore_errors=True)
-            aside.rename(self.path)
+            self._aside.rename(self.path)
             sync_directory(self.path.parent)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointFailed(
-                f"Can't keep the job in {self.path} ({error.strerror}); free some disk space and try again."
-            ) from error
+            raise self._not_kept(error) from error
+
+    @property
+    def _aside(self) -> Path:
+        return self.path.with_name(self.path.name + NEW_SUFFIX)
+
+    def _not_kept(self, error: OSError) -> CheckpointFailed:
+        shutil.rmtree(self._aside, ignore_errors=True)
+        return CheckpointFailed(
+            f"Can't keep the job in {self.path} ({error.strerror}); free some disk space and try again."
+        )
 
     def save(self, record: Record) -> None:
         """Replace ``job.json``. Raises CheckpointFailed when the disk doesn't take it; the old one is kept."""
@@ -133,20 +149,34 @@ class JobDirectory:
             ) from error
 
     def dataset(self) -> bytes:
-        """The uploaded file."""
-        return (self.path / DATASET).read_bytes()
-
-    def losses(self, before_step: int) -> list[float]:
-        """The losses of the steps before a checkpoint; what was logged after it is forgotten, since those steps run again."""
+        """The uploaded file. Raises BadCheckpoint."""
         try:
-            lines = (self.path / LOSSES).read_bytes().splitlines()[:before_step]
-            losses = [float(json.loads(line)["loss"]) for line in lines]
+            return (self.path / DATASET).read_bytes()
+        except OSError as error:
+            raise BadCheckpoint(
+                f"Can't read {self.path / DATASET} ({error.strerror}); give the job up by `peerctl jobs cancel {self.path.name}`."
+            ) from error
+
+    def rewind_losses(self, step: int) -> float | None:
+        """Cut the log off behind a checkpoint, since later steps run again; returns the last loss that is left. Raises CheckpointFailed.
+
+        A log, not a state: from a damaged line on it is cut off too, and the run doesn't depend on it.
+        """
+        last, length = None, 0
+        try:
+            with (self.path / LOSSES).open("r+b") as file:
+                for line in itertools.islice(file, step):
+                    try:
+                        last = float(json.loads(line)["loss"])
+                    except (ValueError, KeyError, TypeError):
+                        break
+                    length += len(line)
+                file.truncate(length)
         except FileNotFoundError:
-            return []
-        except (ValueError, KeyError, TypeError):
-            return []  # a log, not a state: the run doesn't depend on it
-        write_synced(self.path / LOSSES, b"".join(_loss_line(step, loss) for step, loss in enumerate(losses)))
-        return losses
+            return None
+        except OSError as error:
+            raise self._no_log(error) from error
+        return last
 
     def log_loss(self, step: int, loss: float) -> None:
         """Add a step's loss to the log. Raises CheckpointFailed."""
@@ -154,19 +184,21 @@ class JobDirectory:
             with (self.path / LOSSES).open("ab") as file:
                 file.write(_loss_line(step, loss))
         except OSError as error:
-            raise CheckpointFailed(
-                f"Can't write to {self.path} ({error.strerror}); the last checkpoint is kept. Free some disk space, then "
-                f"`peerctl jobs resume {self.path.name}`."
-            ) from error
+            raise self._no_log(error) from error
 
     def sync_losses(self) -> None:
-        """Bring the log of losses to disk, before the checkpoint that follows it."""
-        if (self.path / LOSSES).exists():
-            descriptor = os.open(self.path / LOSSES, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        """Bring the log of losses to disk, before the checkpoint that follows it. Raises CheckpointFailed."""
+        try:
+            with (self.path / LOSSES).open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._no_log(error) from error
+
+    def _no_log(self, error: OSError) -> CheckpointFailed:
+        return CheckpointFailed(
+            f"Can't write to {self.path} ({error.strerror}); the last checkpoint is kept. Free some disk space, then "
+            f"`peerctl jobs resume {self.path.name}`."
+        )
 
     def free(self) -> None:
         """Remove all that an ended job doesn't need: dataset and checkpoints."""
@@ -196,7 +228,9 @@ def load_jobs(jobs: Path) -> list[Record]:
         try:
             record = decode_record((path / JOB).read_bytes())
         except OSError:
+            record = None
+        if record is None or record.settings.name != path.name:
+            log.warning("%s holds no job that can be read; it is left as it is", path)
             continue
-        if record is not None and record.settings.name == path.name:
-            records.append(record)
+        records.append(record)
     return sorted(records, key=lambda record: record.number)

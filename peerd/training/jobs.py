@@ -114,6 +114,8 @@ class Jobs:
         self._wall_clock = wall_clock
         self._jobs: dict[str, Job] = {}
         self._wake = asyncio.Event()
+        self._submitting = asyncio.Lock()
+        """One at a time, so that a name that was free stays so until it is taken."""
 
     def load(self) -> None:
         """Find the jobs of earlier processes; those that had not ended are queued."""
@@ -145,6 +147,16 @@ class Jobs:
 
     async def _live(self, job: Job) -> None:
         """A job's life; its errors are its own."""
+        try:
+            await self._to_the_end(job)
+        except PeerdError as error:
+            log.warning("job %s failed: %s", job.name, error)
+            self._fail(job, str(error))
+        except Exception:  # the supervision point of jobs: a bug in one ends that one
+            log.exception("job %s failed", job.name)
+            self._fail(job, "The daemon failed to run this job; its log says why.")
+
+    async def _to_the_end(self, job: Job) -> None:
         run = Run(job.record, job.directory, self._workshop, job.progress, job)
         job.changed()
         try:
@@ -153,18 +165,25 @@ class Jobs:
             log.info("job %s is done", job.name)
         except asyncio.CancelledError:
             if not job.cancelling:
+                await self._keep(run, job.name)
                 raise
             await self._end(job, JobState.CANCELLED)
-        except PeerdError as error:
-            log.warning("job %s failed: %s", job.name, error)
-            self._fail(job, str(error))
-        except Exception:  # the supervision point of jobs: a bug in one ends that one
-            log.exception("job %s failed", job.name)
-            self._fail(job, "The daemon failed to run this job; its log says why.")
+
+    async def _keep(self, run: Run, name: str) -> None:
+        """The daemon stops: what was trained since the last checkpoint shall not be trained again."""
+        try:
+            async with asyncio.timeout(limits.KEEP_S):
+                await run.keep()
+        except (PeerdError, TimeoutError) as error:
+            log.warning("job %s goes on from its last checkpoint at the next start: %s", name, error)
 
     async def _end(self, job: Job, state: JobState) -> None:
         """The end of a job that keeps nothing; it is on disk before anything is freed, and all is freed before anybody hears."""
-        ended = job.entered(state)
+        try:
+            ended = job.entered(state)
+        except PeerdError:  # a full disk: what the job held makes room
+            await asyncio.to_thread(job.directory.free)
+            ended = job.entered(state)
         await asyncio.to_thread(job.directory.free)
         job.become(ended)
 
@@ -196,6 +215,11 @@ class Jobs:
         """
         self._check_free(settings.name)
         model = await self._opened(settings.model)
+        async with self._submitting:
+            return await self._take_in(model, settings, dataset)
+
+    async def _take_in(self, model: TrainedModel, settings: JobSettings, dataset: bytes) -> Job:
+        self._check_free(settings.name)  # again: another request may have come in meanwhile
         settings = replace(settings, model=model.name)
         created_s = self._wall_clock.now_s()
         if settings.length >= model.driver.max_positions - 1:
@@ -208,7 +232,6 @@ class Jobs:
             raise BadDataset(
                 f"This job has {steps} steps, over {limits.STEPS_MAX}; choose fewer epochs or larger batches."
             )
-        self._check_free(settings.name)  # again: another request may have come in while this one was checked
         number = 1 + max((job.record.number for job in self._jobs.values()), default=0)
         digest = hashlib.sha256(dataset).hexdigest()
         record = Record(settings, model.model_id, str(model.driver.compute_class), digest, number, created_s)
@@ -216,7 +239,8 @@ class Jobs:
         job.progress.steps, job.progress.examples = steps, len(read.examples)
         job.progress.lines_skipped = read.skipped_count
         record.result = job.progress.document()
-        job.directory.create(record, dataset)
+        await asyncio.to_thread(job.directory.write_aside, record, dataset)
+        job.directory.enter()
         self._jobs[job.name] = job
         self._wake.set()
         return job

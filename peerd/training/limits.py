@@ -25,8 +25,6 @@ JOBS_MAX = 256
 """Jobs of any state that are remembered."""
 QUEUED_MAX = 16
 WATCHERS_MAX = 64
-EVENTS_QUEUED_MAX = 256
-"""Per watcher; one that reads too slowly misses the oldest."""
 SETTINGS_BYTES_MAX = 64 << 10
 
 MICRO_BATCHES_AHEAD = 4
@@ -36,6 +34,8 @@ BLOCKS_WAIT_S = 5.0
 OPEN_WAIT_S = 60.0
 """How long a job that is handed in waits for a model that the daemon is about to know."""
 OPEN_RETRY_S = 0.25
+KEEP_S = 5.0
+"""How long a daemon that stops takes to keep the steps since the last checkpoint."""
 RETRY_S = 1.0
 BUSY_TRIES_MAX = 120
 SPEED_STEPS = 10

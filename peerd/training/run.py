@@ -28,12 +28,15 @@ from peerd.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoi
 from peerd.training.dataset import Codec, Dataset, read_dataset
 from peerd.training.errors import BadCheckpoint, Diverged
 from peerd.training.job_directory import JobDirectory, Record
+from peerd.training.loss_scale import LossScale
 from peerd.training.schedule import learning_rate
 from peerd.training.settings import DEEP_PROMPT, JobSettings
 from peerd.training.trainer import PREFIX, PROMPTS, Learner, StepReport, Trainer
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+SHOWN_CHARS = 24
+"""Of a digest, or a compute class, in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,9 @@ class TrainedModel:
 
 class KeptLearner(Learner, Protocol):
     """A learner that goes into checkpoints."""
+
+    async def seen(self) -> int:
+        """Steps that it took or skipped."""
 
     async def state(self) -> bytes:
         """Masters and moments, exactly, as safetensors."""
@@ -159,7 +165,7 @@ def initial_of(settings: JobSettings, model: TrainedModel) -> dict[str, Part]:
 
 
 class Run:
-    """See the module. `run` may be cancelled at any time; what a checkpoint holds is never lost."""
+    """See the module. `run` may be cancelled at any time: what a checkpoint holds is never lost, and `keep` adds what came after it."""
 
     def __init__(
         self, record: Record, directory: JobDirectory, workshop: Workshop, progress: Progress, told: Told
@@ -172,6 +178,10 @@ class Run:
         self._told = told
         self._times: deque[tuple[float, int]] = deque(maxlen=limits.SPEED_STEPS + 1)
         self._bad_in_a_row = 0
+        self._scale = LossScale()
+        self._learner: KeptLearner | None = None
+        self._kept_step = 0
+        """That of the last checkpoint."""
         self._lost_before = workshop.servers_lost()
 
     async def run(self) -> None:
@@ -186,7 +196,9 @@ class Run:
         plan = plan_of(settings, len(dataset.examples))
         progress.steps, progress.steps_per_epoch = plan.steps, plan.steps_per_epoch
         progress.examples, progress.lines_skipped = len(dataset.examples), dataset.skipped_count
+        self._scale = LossScale.of(model.driver.compute_class.dtype)
         learner = await self._resumed(model)
+        self._learner = learner
         trainer = self._workshop.make_trainer(model, settings, dataset, plan)
         if progress.eval_before is None:
             progress.eval_before = await self._patiently(functools.partial(trainer.evaluate, None))
@@ -194,6 +206,16 @@ class Run:
         await self._train(trainer, learner, plan)
         progress.eval_after = await self._patiently(functools.partial(trainer.evaluate, learner))
         await self._workshop.keep_adapter(model, settings, await learner.values(), progress)
+
+    async def keep(self) -> None:
+        """Write a checkpoint of the steps since the last one, for a process that stops; after `run` was cancelled. Raises PeerdError."""
+        learner, step = self._learner, self._progress.step
+        if learner is None or step == self._kept_step:
+            return
+        if await learner.seen() != step:  # cancelled in the moment of the step itself: that one runs again
+            return
+        await self._checkpoint(learner)
+        log.info("job %s is kept as of step %d", self._settings.name, step)
 
     def _check_same(self, model: TrainedModel, data: bytes) -> None:
         """Another model, class or dataset trains another curve."""
@@ -207,7 +229,7 @@ class Run:
         ):
             if before != found:
                 raise BadCheckpoint(
-                    f"The {what} is not the one that this job began with ({found[:12]}, not {before[:12]}); train again."
+                    f"The {what} is not the one that this job began with ({found[:SHOWN_CHARS]}, not {before[:SHOWN_CHARS]}); train again."
                 )
 
     async def _resumed(self, model: TrainedModel) -> KeptLearner:
@@ -217,17 +239,33 @@ class Run:
         initial = initial_of(self._settings, model)
         if checkpoint is None:
             progress.step, progress.skipped = 0, 0
-            self._directory.losses(0)
+            await asyncio.to_thread(self._directory.rewind_losses, 0)
             return await self._workshop.make_learner(self._settings, initial, None)
-        progress.step = checkpoint.step
-        progress.skipped = int(checkpoint.state.get("skipped", 0))
-        progress.server_losses = int(checkpoint.state.get("server_losses", 0))
-        progress.eval_before = checkpoint.state.get("eval_before")
+        self._restore(checkpoint)
         self._lost_before -= progress.server_losses
-        losses = self._directory.losses(checkpoint.step)
-        progress.loss = losses[-1] if losses else None
+        progress.loss = await asyncio.to_thread(self._directory.rewind_losses, checkpoint.step)
         log.info("job %s goes on after step %d", self._settings.name, checkpoint.step)
         return await self._workshop.make_learner(self._settings, initial, checkpoint.tensors)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        progress, state = self._progress, checkpoint.state
+        try:
+            progress.skipped, progress.server_losses = int(state["skipped"]), int(state["server_losses"])
+            progress.eval_before = state["eval_before"]
+            self._scale = self._scale.restored(state["loss_scale"])
+            same = state["generator"] == self._generator(checkpoint.step)
+        except (KeyError, ValueError, TypeError) as error:
+            raise BadCheckpoint(
+                f"The checkpoint of {self._settings.name} can't be read (no {error} in it); train again."
+            ) from error
+        if not same:
+            raise BadCheckpoint(f"The checkpoint of {self._settings.name} is of another seed; train again.")
+        progress.step = self._kept_step = checkpoint.step
+
+    def _generator(self, step: int) -> dict[str, int]:
+        """All the state of a counter-based generator: where the order of the examples stands after ``step`` steps."""
+        epoch, taken = divmod(step, self._progress.steps_per_epoch)
+        return {"seed": self._settings.seed, "epoch": epoch, "steps_of_epoch": taken}
 
     async def _train(self, trainer: Trainer, learner: KeptLearner, plan: Plan) -> None:
         settings, progress = self._settings, self._progress
@@ -236,7 +274,8 @@ class Run:
             rate = learning_rate(
                 step, steps=plan.steps, peak=settings.lr, warmup=settings.warmup, schedule=settings.schedule
             )
-            report = await self._patiently(functools.partial(trainer.step, step, learner, rate))
+            report = await self._patiently(functools.partial(trainer.step, step, learner, rate, self._scale.value))
+            self._scale = self._scale.after(report.taken)
             self._directory.log_loss(step, report.loss)
             self._stepped(step, report)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == plan.steps:
@@ -264,9 +303,12 @@ class Run:
             "skipped": progress.skipped,
             "server_losses": progress.server_losses,
             "eval_before": progress.eval_before,
+            "loss_scale": self._scale.document(),
+            "generator": self._generator(progress.step),
         }
         checkpoint = Checkpoint(progress.step, await learner.state(), state)
         await asyncio.to_thread(_saved, self._directory, checkpoint)
+        self._kept_step = checkpoint.step
 
     async def _patiently(self, work: Callable[[], Awaitable[Result]], also: tuple[str, ...] = ()) -> Result:
         """Try until it works: others' absence is waited for, however long; an error that waiting can't help ends the job."""

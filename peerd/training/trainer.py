@@ -34,8 +34,6 @@ from routing.types import Span
 Result = TypeVar("Result")
 PREFIX, PROMPTS = "prefix", "prompts"
 """The trained tensors: (length, d_embedding) in front of the tokens; (blocks, length, d_model) added before every block."""
-SUM = 1.0
-"""Backward begins with the gradient of the sum of losses; the batch's count divides once, in float32, where nothing underflows."""
 
 
 class BlockGradients(Protocol):
@@ -107,8 +105,11 @@ class Trainer:
         self._micro_batch_tokens = micro_batch_tokens
         self._wait_s = wait_s
 
-    async def step(self, step: int, learner: Learner, rate: float) -> StepReport:
-        """One optimizer step. Cancel-safe, and repeatable after an error: nothing changes before all gradients are there.
+    async def step(self, step: int, learner: Learner, rate: float, scale: float = 1.0) -> StepReport:
+        """One optimizer step. Repeatable after an error: nothing changes before all gradients are there.
+
+        Backward begins with the gradient of ``scale`` x the *sum* of losses; scale and the batch's count divide once, in float32, where
+        nothing underflows.
 
         Raises:
             PeerdError: as `Blocks.forward`; retryable when blocks are missing.
@@ -116,8 +117,10 @@ class Trainer:
         values = await learner.values()
         micros = self._micro_batches(self._plan.examples_of(step), self._prefix_length)
         count = sum(micro.count for micro in micros)
-        learned = await _in_order([self._learning(micro, values) for micro in micros])
-        gradients = {name: mean(name, [each.gradients[name] for each in learned], count) for name in sorted(values)}
+        learned = await _in_order([self._learning(micro, values, scale) for micro in micros])
+        gradients = {
+            name: mean(name, [each.gradients[name] for each in learned], scale * count) for name in sorted(values)
+        }
         taken = await learner.step(gradients, rate)
         loss = sum(each.loss for each in learned) / count
         return StepReport(loss, sum(micro.real_tokens for micro in micros), taken)
@@ -138,14 +141,16 @@ class Trainer:
         cuts = cut(lengths, self._prefix_length, self._micro_batch_tokens)
         return [pack([examples[index] for index in each], prefix) for each in cuts]
 
-    def _learning(self, micro: MicroBatch, values: Mapping[str, Part]) -> Callable[[], Coroutine[Any, Any, _Learned]]:
+    def _learning(
+        self, micro: MicroBatch, values: Mapping[str, Part], scale: float
+    ) -> Callable[[], Coroutine[Any, Any, _Learned]]:
         async def learn() -> _Learned:
             key, prefix = self._model.key, values[PREFIX]
             batch = await self._embedded(micro, values)
             output, tape = await self._blocks.forward(
                 self._model, self._span, batch, keep_tape=True, wait_s=self._wait_s
             )
-            lost = await self._run(LossJob(key, output, micro.labels, SUM))
+            lost = await self._run(LossJob(key, output, micro.labels, scale))
             found = await self._blocks.backward(
                 self._model, self._span, tape, replace(_there(lost.hidden), name="grad"), wait_s=self._wait_s
             )

@@ -51,6 +51,11 @@ class DeviceLearner:
         await self._device.call(lambda runner: taken.append(not self._trainable.step(gradients, rate).skipped))
         return taken[0]
 
+    async def seen(self) -> int:
+        found: list[int] = []
+        await self._device.call(lambda runner: found.append(self._trainable.taken + self._trainable.skipped))
+        return found[0]
+
     async def state(self) -> bytes:
         found: list[bytes] = []
         await self._device.call(lambda runner: found.append(self._trainable.state()))

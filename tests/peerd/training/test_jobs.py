@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peerd.training import checkpoint, limits
+from peerd.durable import write_synced
+from peerd.training import checkpoint, job_directory, limits
 from peerd.training.errors import BadDataset, JobEnded, JobExists, TooManyJobs, UnknownJob
-from peerd.training.job_directory import LOSSES, JobState
+from peerd.training.job_directory import DATASET, JOB, LOSSES, JobState
 from peerd.training.jobs import Job, Jobs
 from peerd.training.settings import JobSettings
 from tests.peerd.training.workbench import LINES, Clock, Unserved, Workbench
@@ -64,8 +66,11 @@ def test_a_job_runs_to_its_adapter_and_frees_what_it_needs_no_more(tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["job.json", LOSSES]
 
 
+@pytest.mark.parametrize("killed", [True, False])
 @pytest.mark.parametrize("lost_at", range(10))
-def test_a_job_that_lost_its_process_at_any_step_ends_as_if_it_had_not(tmp_path: Path, lost_at: int) -> None:
+def test_a_job_that_lost_its_process_at_any_step_ends_as_if_it_had_not(
+    tmp_path: Path, lost_at: int, killed: bool
+) -> None:
     undisturbed = Workbench()
     whole_run(tmp_path / "undisturbed", undisturbed)
 
@@ -81,14 +86,139 @@ def test_a_job_that_lost_its_process_at_any_step_ends_as_if_it_had_not(tmp_path:
         async with running(tmp_path / "lost", Workbench(lose)) as jobs:
             await jobs.submit(settings(), LINES)
             await gone.wait()
+            shutil.copytree(tmp_path / "lost", tmp_path / "killed")  # what there is on disk in this moment
+        left = tmp_path / ("killed" if killed else "lost")
         resumed = Workbench()
-        async with running(tmp_path / "lost", resumed) as jobs:
+        async with running(left, resumed) as jobs:
             assert (await ended(jobs.get("one")))["state"] == "done"
-        assert resumed.steps[0] == ("one", lost_at // 3 * 3)  # from the last checkpoint, not from the start
+        # From the last checkpoint, not from the start; one that was stopped in good order made one.
+        assert resumed.steps[0] == ("one", lost_at // 3 * 3 if killed else lost_at)
         assert np.array_equal(resumed.adapters["one"], undisturbed.adapters["one"])
 
     asyncio.run(run())
-    assert losses(tmp_path / "lost") == losses(tmp_path / "undisturbed")
+    assert losses(tmp_path / ("killed" if killed else "lost")) == losses(tmp_path / "undisturbed")
+
+
+def test_a_job_that_is_stopped_in_the_moment_of_a_step_runs_that_step_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        stepped = asyncio.Event()
+
+        class Interrupted(Workbench):
+            def make_trainer(self, *given: Any) -> Any:
+                made = super().make_trainer(*given)
+                step = made.step
+
+                async def step_and_stay(number: int, *more: Any) -> Any:
+                    report = await step(number, *more)
+                    if number == 4:  # the values are new, and nobody knows yet
+                        stepped.set()
+                        await asyncio.Event().wait()
+                    return report
+
+                made.step = step_and_stay
+                return made
+
+        async with running(tmp_path / "one", Interrupted()) as jobs:
+            await jobs.submit(settings(), LINES)
+            await stepped.wait()
+        resumed = Workbench()
+        async with running(tmp_path / "one", resumed) as jobs:
+            await ended(jobs.get("one"))
+        assert resumed.steps[0] == ("one", 3)
+
+    asyncio.run(run())
+    whole_run(tmp_path / "undisturbed", Workbench())
+    assert losses(tmp_path / "one") == losses(tmp_path / "undisturbed")
+
+
+def test_a_daemon_that_stops_on_a_full_disk_goes_on_from_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        gone = asyncio.Event()
+
+        def lose(step: int) -> Any:
+            if step == 5:
+                gone.set()
+                return asyncio.Event().wait()
+            return None
+
+        async with running(tmp_path, Workbench(lose)) as jobs:
+            await jobs.submit(settings(), LINES)
+            await gone.wait()
+            monkeypatch.setattr(checkpoint, "write_synced", full)
+        monkeypatch.undo()
+        resumed = Workbench()
+        async with running(tmp_path, resumed) as jobs:
+            assert (await ended(jobs.get("one")))["state"] == "done"
+        assert resumed.steps[0] == ("one", 3)
+
+    asyncio.run(run())
+    assert "goes on from its last checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["queued", "running"])
+def test_a_job_can_be_cancelled_on_a_full_disk_which_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    async def run() -> None:
+        gone = asyncio.Event()
+
+        def hold(step: int) -> Any:
+            gone.set()
+            return asyncio.Event().wait()
+
+        async with running(tmp_path, Workbench(hold)) as jobs:
+            await jobs.submit(settings("running"), LINES)
+            await jobs.submit(settings("queued"), LINES)
+            await gone.wait()
+
+            def full_while_it_is_there(path: Path, data: bytes) -> None:
+                if (tmp_path / state / DATASET).exists():
+                    full(path, data)
+                write_synced(path, data)
+
+            monkeypatch.setattr(job_directory, "write_synced", full_while_it_is_there)
+            assert (await jobs.cancel(state)).record.state is JobState.CANCELLED
+
+    asyncio.run(run())
+    assert json.loads((tmp_path / state / JOB).read_bytes())["state"] == "cancelled"
+
+
+def full(path: Path, data: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_float16_scales_the_loss_and_a_resumed_job_goes_on_with_its_scale(tmp_path: Path) -> None:
+    def overflow(step: int, vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return vector * np.float32(np.inf if step == 1 else 1)
+
+    bench = Workbench(gradient=overflow, dtype="float16")
+    job = whole_run(tmp_path / "whole", bench)
+    assert bench.scales == [1024.0] * 2 + [512.0] * 8
+    assert job["progress"]["skipped"] == 1
+
+    async def run() -> None:
+        gone = asyncio.Event()
+
+        def lose(step: int) -> Any:
+            if step == 7:
+                gone.set()
+                return asyncio.Event().wait()
+            return None
+
+        async with running(tmp_path / "lost", Workbench(lose, overflow, dtype="float16")) as jobs:
+            await jobs.submit(settings(), LINES)
+            await gone.wait()
+        resumed = Workbench(gradient=overflow, dtype="float16")
+        async with running(tmp_path / "lost", resumed) as jobs:
+            await ended(jobs.get("one"))
+        assert resumed.scales == [512.0] * 3
+
+    asyncio.run(run())
+    plain = Workbench()
+    whole_run(tmp_path / "float32", plain)
+    assert set(plain.scales) == {1.0}
 
 
 def test_a_job_on_float16_warns_that_gradients_may_vanish(tmp_path: Path) -> None:

@@ -47,21 +47,26 @@ class Clock:
 class Learner:
     """Plain descent on one vector; its state is the vector."""
 
-    def __init__(self, values: bytes) -> None:
+    def __init__(self, values: bytes, steps_seen: int = 0) -> None:
         self.vector = np.frombuffer(values, np.float32).copy()
+        self.steps_seen = steps_seen
 
     async def values(self) -> Mapping[str, Part]:
         return {PREFIX: Part(PREFIX, "float32", self.vector.shape, self.vector.tobytes())}
 
     async def step(self, gradients: Mapping[str, Part], rate: float) -> bool:
+        self.steps_seen += 1
         gradient = np.frombuffer(gradients[PREFIX].data, np.float32)
         if not np.isfinite(gradient).all():
             return False
         self.vector -= np.float32(rate) * gradient
         return True
 
+    async def seen(self) -> int:
+        return self.steps_seen
+
     async def state(self) -> bytes:
-        return self.vector.tobytes()
+        return self.steps_seen.to_bytes(4, "big") + self.vector.tobytes()
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Workbench:
     clock: Clock = field(default_factory=Clock)
     adapters: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     steps: list[tuple[str, int]] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     missing: PeerdError | None = None
 
     async def open_trained(self, name: str | None) -> TrainedModel:
@@ -85,7 +91,9 @@ class Workbench:
         return TrainedModel(shape, driver, CODEC)
 
     async def make_learner(self, settings: JobSettings, initial: Mapping[str, Part], state: bytes | None) -> Learner:
-        return Learner(bytes(initial[PREFIX].data) if state is None else state)
+        if state is None:
+            return Learner(bytes(initial[PREFIX].data))
+        return Learner(state[4:], int.from_bytes(state[:4], "big"))
 
     def make_trainer(self, model: TrainedModel, settings: JobSettings, dataset: Dataset, plan: Plan) -> FormulaTrainer:
         return FormulaTrainer(self, settings.name, plan)
@@ -108,12 +116,13 @@ class FormulaTrainer:
     name: str
     plan: Plan
 
-    async def step(self, step: int, learner: Learner, rate: float) -> StepReport:
+    async def step(self, step: int, learner: Learner, rate: float, scale: float = 1.0) -> StepReport:
         waiting = self.bench.before_step(step)
         if waiting is not None:
             await waiting
         await asyncio.sleep(0)
         self.bench.steps.append((self.name, step))
+        self.bench.scales.append(scale)
         vector = learner.vector.copy()
         # The examples of the step matter, so that a resumed run with another order is seen.
         scaled = self.bench.gradient(step, vector) * np.float32(1 + sum(self.plan.examples_of(step)) % 7)
