@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from netsim.conductor import Conductor
 from netsim.link_fabric import Card, Fabric
 from netsim.link_fabric import Path as Route
 from netsim.loop import HOST, NothingWillHappen, TimeStandsStill, VirtualLoop
-from netsim.metrics import STATISTICS, Metrics, Series
+from netsim.metrics import STATISTICS, Metrics
+from netsim.outcome import Checked, Outcome
 from netsim.paths import one_way_delay_s
 from netsim.peers import UnknownKind, peer_class
 from netsim.scenario import Links, Scenario, ScenarioError, load_scenario
@@ -51,47 +52,6 @@ class Prepared:
     workload: type[Workload]
     settings: Any
     group_settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What came of one check."""
-
-    metric: str
-    bound: str
-    value: float | None
-    holds: bool
-    culprit: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One run."""
-
-    scenario: str
-    file: str
-    seed: int
-    numbers: Mapping[str, float]
-    checks: tuple[Checked, ...]
-    failures: tuple[str, ...]
-    stories: Mapping[str, tuple[str, ...]]
-    trace_hash: str
-    trace_lines: int
-    events: int
-    virtual_s: float
-    real_s: float
-    peak_rss_mib: float
-    series: Mapping[str, Series] = field(default_factory=dict, repr=False)
-    observations: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures and all(check.holds for check in self.checks)
-
-    @property
-    def replay(self) -> str:
-        """The command that runs this again."""
-        return f"python -m netsim run {self.file} --seed {self.seed}"
 
 
 def prepare(path: Path) -> Prepared:

@@ -126,7 +126,8 @@ class World:
             raise
         if task.cancelled():
             raise HostDied(machine.name)
-        return task.result()
+        result: Result = task.result()
+        return result
 
     # --- what happens to them ---
 

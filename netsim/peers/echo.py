@@ -14,6 +14,7 @@ from overlay.multiaddr import Multiaddr
 
 LENGTH_BYTES = 4
 ECHO_BYTES_MAX = 1 << 20
+READ_BYTES = 16 << 10
 STARTS_FILE = "starts"
 
 
@@ -67,7 +68,7 @@ class _Whole(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._space = bytearray(64 << 10)
+        self._space = bytearray(READ_BYTES)
         self._got = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -88,6 +89,11 @@ class _Whole(asyncio.BufferedProtocol):
             data = bytes(self._got[LENGTH_BYTES : LENGTH_BYTES + length])
             del self._got[: LENGTH_BYTES + length]
             self.on_message(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._space = bytearray()
+        self._got.clear()
 
     def on_message(self, data: bytes) -> None:
         raise NotImplementedError
@@ -127,6 +133,7 @@ class _Asking(_Whole):
             self.answer.set_result(data)
 
     def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
         if not self.answer.done():
             self.answer.set_exception(error or ConnectionResetError("closed before it answered"))
             self.answer.exception()  # whoever asked may have given up

@@ -1,0 +1,182 @@
+"""``python -m netsim``: list scenarios, run them, measure the simulator's own speed.
+
+Exit codes: 0 when everything held, 1 when a check failed, 2 for a scenario or an argument that makes no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from netsim.outcome import Outcome
+from netsim.processes import HASH_SEEDS, Task, run_all
+from netsim.report import Progress, duration_said, markdown_table, run_lines, seeds_lines, table
+from netsim.runner import Prepared, prepare, run_seed
+from netsim.scenario import ScenarioError, load_scenario
+
+SCENARIOS = Path("scenarios")
+SEEDS_AT_MOST = 10_000
+ABOUT_CHARACTERS = 90
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        if given.command == "list":
+            return _list(Path(given.directory))
+        if given.command == "bench":
+            from netsim.bench import main as bench
+
+            return bench()
+        return _run(given)
+    except ScenarioError as error:
+        print(f"netsim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("netsim: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m netsim", description="The production code in virtual time.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="what scenarios there are")
+    listing.add_argument("directory", nargs="?", default=str(SCENARIOS))
+    commands.add_parser("bench", help="how fast the simulator is: fabric events and RPCs per second")
+    run = commands.add_parser("run", help="run scenarios")
+    run.add_argument("files", nargs="+", metavar="FILE", help="a scenario's file, or its name in scenarios/")
+    run.add_argument("--seed", type=int, default=None, metavar="N", help="one seed (default 1)")
+    run.add_argument("--seeds", type=_seeds, default=None, metavar="A:B", help="every seed from A to B")
+    run.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
+    run.add_argument("--plots", default="", metavar="DIR", help="draw PNGs into DIR (needs the extra `plots`)")
+    run.add_argument("--twice", action="store_true", help="run each seed in two processes and compare the hashes")
+    run.add_argument("--verbose", action="store_true", help="print every event and log line (one seed of one scenario)")
+    run.add_argument("--table", default="", metavar="FILE", help="write a Markdown table of the results")
+    run.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.partition(":")
+    try:
+        seeds = range(int(first), int(last or first) + 1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't A:B") from error
+    if not 0 < len(seeds) <= SEEDS_AT_MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} are {len(seeds)} seeds; 1 to {SEEDS_AT_MOST} can be run")
+    return seeds
+
+
+def _file(named: str) -> Path:
+    path = Path(named)
+    listed = SCENARIOS / f"{named}.toml"
+    return listed if not path.exists() and listed.exists() else path
+
+
+def _list(directory: Path) -> int:
+    files = sorted(directory.glob("*.toml"))
+    if not files:
+        print(f"netsim: there are no scenarios in {directory}", file=sys.stderr)
+        return 2
+    rows = [("scenario", "hosts", "virtual time", "about")]
+    for file in files:
+        scenario = load_scenario(file)
+        about = " ".join(scenario.about.split())
+        short = about if len(about) <= ABOUT_CHARACTERS else about[: ABOUT_CHARACTERS - 3].rstrip() + "..."
+        rows.append((scenario.name, f"{scenario.host_count:,}", duration_said(scenario.duration_s), short))
+    print("\n".join(table(rows, right=(1, 2), indent="")))
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    prepared = [prepare(_file(named)) for named in given.files]
+    seeds: Sequence[int] = given.seeds if given.seeds is not None else (1 if given.seed is None else given.seed,)
+    if given.json:
+        outcome = run_seed(prepared[0], seeds[0])
+        _draw(prepared[0], outcome, given.plots)
+        print(outcome.to_json())
+        return 0 if outcome.passed else 1
+    if len(prepared) == 1 and len(seeds) == 1 and not given.twice:
+        return _run_here(prepared[0], seeds[0], given)
+    return _run_many(prepared, seeds, given)
+
+
+def _run_here(prepared: Prepared, seed: int, given: argparse.Namespace) -> int:
+    progress = Progress(sys.stderr, f"{prepared.scenario.name} seed {seed}")
+    began = time.perf_counter()
+
+    def on_progress(share: float, events: int) -> None:
+        took_s = time.perf_counter() - began
+        left = f", {duration_said(took_s / share - took_s)} left" if share > 0 else ""
+        progress.show(share, f"{events:,} callbacks in {duration_said(took_s)}{left}")
+
+    outcome = run_seed(prepared, seed, on_progress, print if given.verbose else None)
+    progress.clear()
+    _draw(prepared, outcome, given.plots)
+    print("\n".join(run_lines(outcome, prepared.scenario.about)))
+    _write_table([[outcome]], given.table)
+    print(f"\ntrace hash: {outcome.trace_hash}")
+    return 0 if outcome.passed else 1
+
+
+def _run_many(prepared: Sequence[Prepared], seeds: Sequence[int], given: argparse.Namespace) -> int:
+    """Every seed of every scenario in processes of their own, then one table for each scenario."""
+    hash_seeds = HASH_SEEDS if given.twice else ("",)
+    tasks = [
+        Task(one.file, seed, one.scenario.real_s_max, hash_seed, given.plots)
+        for one in prepared
+        for seed in seeds
+        for hash_seed in hash_seeds
+    ]
+    progress = Progress(sys.stderr, f"{len(tasks)} runs")
+
+    def on_change(done: int, running: Sequence[Task]) -> None:
+        names = ", ".join(f"{Path(task.file).stem} seed {task.seed}" for task in running[:3])
+        progress.show(done / len(tasks), f"{done} done; {names}")
+
+    outcomes = run_all(tasks, given.jobs, on_change)
+    progress.clear()
+    groups: list[list[Outcome]] = []
+    differ = []
+    each = len(hash_seeds)
+    for index, one in enumerate(prepared):
+        mine = outcomes[index * len(seeds) * each : (index + 1) * len(seeds) * each]
+        pairs = [mine[at : at + each] for at in range(0, len(mine), each)]
+        groups.append([pair[0] for pair in pairs])
+        differ += [pair for pair in pairs if len({(run.trace_hash, run.passed) for run in pair}) > 1]
+        print("\n".join(seeds_lines(groups[-1], one.scenario.about)), end="\n\n")
+    for pair in differ:
+        hashes = " and ".join(run.trace_hash or "none" for run in pair)
+        print(
+            f"NOT THE SAME TWICE: {pair[0].scenario}, seed {pair[0].seed}: {hashes}\n  again: {pair[0].replay} --twice"
+        )
+    if given.twice and not differ:
+        print(f"each of {len(tasks) // each} runs was the same in two processes with two PYTHONHASHSEEDs")
+    _write_table(groups, given.table)
+    if len(outcomes) == each:
+        print(f"trace hash: {outcomes[0].trace_hash}")
+    return 0 if not differ and all(run.passed for run in outcomes) else 1
+
+
+def _draw(prepared: Prepared, outcome: Outcome, directory: str) -> None:
+    if directory:
+        from netsim.plots import draw
+
+        for file in draw(outcome, prepared.workload.METRICS, Path(directory)):
+            print(f"drew {file}", file=sys.stderr)
+
+
+def _write_table(groups: Sequence[Sequence[Outcome]], file: str) -> None:
+    if file:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(markdown_table(groups)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

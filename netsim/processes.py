@@ -1,0 +1,72 @@
+"""Runs in processes of their own: many seeds side by side, and one seed twice to compare.
+
+Owns how a child is started and what its death means; a child prints its `Outcome` as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from netsim.outcome import Outcome
+
+HASH_SEEDS = ("1", "2")
+LAST_LINES = 12
+WALL_S_PER_CORE_S = 20.0
+"""A crowded machine may take so many times the seconds of a core that a run is given."""
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One run to be made."""
+
+    file: str
+    seed: int
+    real_s_max: float
+    hash_seed: str = ""
+    plots: str = ""
+
+
+def run_process(task: Task) -> Outcome:
+    """Run a seed in a process of its own and wait for it."""
+    command = [sys.executable, "-m", "netsim", "run", task.file, "--seed", str(task.seed), "--json"]
+    if task.plots:
+        command += ["--plots", task.plots]
+    environment = dict(os.environ)  # noqa: TID251 - what a child inherits
+    if task.hash_seed:
+        environment["PYTHONHASHSEED"] = task.hash_seed
+    limit_s = 60 + WALL_S_PER_CORE_S * task.real_s_max
+    name = Path(task.file).stem
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return Outcome.of_dead_process(name, task.file, task.seed, f"the process didn't end within {limit_s:.0f} s")
+    try:
+        return Outcome.from_json(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError, TypeError, KeyError):
+        said = "\n".join((done.stdout + done.stderr).splitlines()[-LAST_LINES:])
+        return Outcome.of_dead_process(name, task.file, task.seed, f"the process ended with {done.returncode}:\n{said}")
+
+
+def run_all(tasks: Sequence[Task], jobs: int, on_change: Callable[[int, Sequence[Task]], None]) -> list[Outcome]:
+    """Every task, ``jobs`` at a time; outcomes in the order of the tasks. ``on_change`` hears how many are done and what runs."""
+    outcomes: dict[int, Outcome] = {}
+    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+        futures: dict[Future[Outcome], int] = {}
+        try:
+            futures = {pool.submit(run_process, task): index for index, task in enumerate(tasks)}
+            left = set(futures)
+            while left:
+                done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
+                outcomes |= {futures[future]: future.result() for future in done}
+                on_change(len(outcomes), [tasks[futures[one]] for one in futures if one in left and one.running()])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [outcomes[index] for index in range(len(tasks))]

@@ -1,0 +1,171 @@
+"""What a person reads of runs: the progress bar, one run in full, one table for many, the story of what failed. Pure, but for
+`Progress`, which draws on a terminal and is silent in a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+from netsim.outcome import Outcome
+
+BAR_CELLS = 30
+STORY_INDENT = "      "
+SEEDS_SAID = 8
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+class Progress:
+    """A bar that redraws itself in place; nothing at all where nobody looks (a file, a pipe)."""
+
+    def __init__(self, stream: TextIO, label: str) -> None:
+        self._stream = stream
+        self._label = label
+        self._is_drawn = stream.isatty()
+        self._width = 0
+
+    def show(self, share: float, note: str = "") -> None:
+        if not self._is_drawn:
+            return
+        cells = max(0.0, min(1.0, share)) * BAR_CELLS
+        whole = int(cells)
+        bar = "█" * whole + (_BLOCKS[int((cells - whole) * 8)] if whole < BAR_CELLS else "")
+        line = f"{self._label}  {bar:<{BAR_CELLS}}▕ {share:4.0%}  {note}"
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def clear(self) -> None:
+        if self._is_drawn and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+            self._width = 0
+
+
+def said(value: float | None) -> str:
+    """A number as people read it: whole ones whole, others with three digits that count."""
+    if value is None:
+        return "never measured"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if not math.isfinite(value):
+        return str(value)
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 6)}f}"
+
+
+def duration_said(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "  ") -> list[str]:
+    """Columns aligned, the first row as heading; ``right`` are the columns aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    lines.insert(1, indent + "  ".join("-" * width for width in widths))
+    return lines
+
+
+def run_lines(outcome: Outcome, about: str, *, full: bool = True) -> list[str]:
+    """One run: its checks, what else was measured, what failed and why."""
+    ratio = outcome.virtual_s / outcome.real_s if outcome.real_s > 0 else 0.0
+    lines = [
+        f"{outcome.scenario}: {about}",
+        f"  seed {outcome.seed}: {duration_said(outcome.virtual_s)} of virtual time in "
+        + f"{duration_said(outcome.real_s)} of one core ({ratio:,.0f} times as fast), {outcome.events:,} callbacks, "
+        + f"{outcome.trace_lines:,} events traced, peak {outcome.peak_rss_mib:,.0f} MiB",
+        "",
+    ]
+    rows = [("check", "value", "bound", "")]
+    rows += [(one.metric, said(one.value), one.bound, "ok" if one.holds else "FAILED") for one in outcome.checks]
+    lines += table(rows, right=(1,))
+    checked = {one.metric for one in outcome.checks}
+    others = [(name, said(value)) for name, value in outcome.numbers.items() if name not in checked]
+    if others and full:
+        lines += ["", *table([("also measured", "value"), *others], right=(1,))]
+    if not outcome.passed:
+        lines += ["", *failure_lines(outcome)]
+    return lines
+
+
+def failure_lines(outcome: Outcome) -> list[str]:
+    """Why a run failed: sentences, stories, and the command that runs it again."""
+    lines = [f"  FAILED: {outcome.scenario}, seed {outcome.seed}"]
+    for one in outcome.checks:
+        if not one.holds:
+            whose = f" (of {one.culprit})" if one.culprit else ""
+            lines.append(f"    {one.metric} is {said(one.value)}, wanted {one.bound}{whose}")
+    for failure in outcome.failures:
+        first, *rest = failure.rstrip().splitlines() or [""]
+        lines += [f"    {first}", *(f"    {line}" for line in rest)]
+    for name, story in outcome.stories.items():
+        lines.append(f"    the story of {name}, its last {len(story)} lines:")
+        lines += [STORY_INDENT + line for line in story]
+    lines.append(f"  again: {outcome.replay}")
+    return lines
+
+
+def seeds_lines(outcomes: Sequence[Outcome], about: str) -> list[str]:
+    """Many seeds of one scenario in one table."""
+    passed = [one for one in outcomes if one.passed]
+    total_s = math.fsum(one.real_s for one in outcomes)
+    lines = [
+        f"{outcomes[0].scenario}: {about}",
+        f"  {len(outcomes)} seeds ({_ranges(one.seed for one in outcomes)}), {len(passed)} passed; "
+        + f"{duration_said(total_s)} of one core, peak {max(one.peak_rss_mib for one in outcomes):,.0f} MiB",
+        "",
+    ]
+    rows = [("check", "bound", "lowest", "median", "highest", "")]
+    for index, check in enumerate(outcomes[0].checks if outcomes[0].checks else ()):
+        found = [one.checks[index] for one in outcomes if index < len(one.checks)]
+        values = sorted(one.value for one in found if one.value is not None)
+        broken = [one.seed for one in outcomes if index < len(one.checks) and not one.checks[index].holds]
+        verdict = f"FAILED for {len(broken)}: {_ranges(broken)}" if broken else "ok"
+        low, mid, high = (values[0], values[len(values) // 2], values[-1]) if values else (None, None, None)
+        rows.append((check.metric, check.bound, said(low), said(mid), said(high), verdict))
+    lines += table(rows, right=(2, 3, 4))
+    for one in [one for one in outcomes if not one.passed][:SEEDS_SAID]:
+        lines += ["", *failure_lines(one)]
+    return lines
+
+
+def markdown_table(groups: Sequence[Sequence[Outcome]]) -> list[str]:
+    """A row for each scenario, for a document: what was bounded and what came out, over all its seeds."""
+    lines = ["| scenario | seeds | passed | checked (lowest to highest over the seeds) | core s a seed | peak MiB |"]
+    lines.append("|---|---:|---:|---|---:|---:|")
+    for outcomes in groups:
+        parts = []
+        for index, check in enumerate(outcomes[0].checks):
+            values = [one.checks[index].value for one in outcomes if index < len(one.checks)]
+            known = [value for value in values if value is not None]
+            low, high = (said(min(known)), said(max(known))) if known else (said(None), said(None))
+            parts.append(f"`{check.metric}` {low if low == high else f'{low} to {high}'} ({check.bound})")
+        passed = sum(one.passed for one in outcomes)
+        real_s = math.fsum(one.real_s for one in outcomes) / len(outcomes)
+        peak = max(one.peak_rss_mib for one in outcomes)
+        lines.append(
+            f"| {outcomes[0].scenario} | {len(outcomes)} | {passed} | {'; '.join(parts)} | {real_s:.1f} | {peak:,.0f} |"
+        )
+    return lines
+
+
+def _ranges(seeds: Iterable[int]) -> str:
+    """Numbers as ranges: 1-5, 7."""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and parts[-1][1] == seed - 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    told = [str(first) if first == last else f"{first}-{last}" for first, last in parts]
+    return ", ".join(told[:SEEDS_SAID]) + (", ..." if len(told) > SEEDS_SAID else "")
