@@ -18,7 +18,7 @@ PARTS = {
     "training": "benchmarks.training_steps",
     "footprint": "benchmarks.footprint",
 }
-ON_REQUEST = {"streams": "benchmarks.overlay_streams"}
+ON_REQUEST = {"streams": "benchmarks.overlay_streams", "beside": "benchmarks.tokens_beside_batches"}
 
 
 def processor() -> str:

@@ -29,8 +29,13 @@ from routing.types import Span as Blocks
 BatchJobs = ForwardJob | BackwardJob | EmbedBatchJob | EmbedBackwardJob | LossJob
 
 
-def run_batch_job(job: BatchJobs, span_of: Callable[[str, Blocks], Span], head_of: Callable[[str], Head]) -> JobResult:
-    """Do ``job``.
+def run_batch_job(
+    job: BatchJobs,
+    span_of: Callable[[str, Blocks], Span],
+    head_of: Callable[[str], Head],
+    between: Callable[[], None] = batch.straight_on,
+) -> JobResult:
+    """Do ``job``; ``between`` is called before each block of a span.
 
     Raises:
         PeerdError: what it names isn't loaded, or can't do this.
@@ -38,10 +43,11 @@ def run_batch_job(job: BatchJobs, span_of: Callable[[str, Blocks], Span], head_o
     """
     if isinstance(job, ForwardJob):
         span = span_of(job.model, job.span)
-        return JobResult(job, hidden=part_of(batch.forward(span, _sequences(span, job.batch))))
+        return JobResult(job, hidden=part_of(batch.forward(span, _sequences(span, job.batch), between)))
     if isinstance(job, BackwardJob):
         span = span_of(job.model, job.span)
-        found = batch.backward(span, _sequences(span, job.batch), _floats(job.grad, span.dtype, span.device))
+        grad = _floats(job.grad, span.dtype, span.device)
+        found = batch.backward(span, _sequences(span, job.batch), grad, between)
         prompts = None if found.prompts is None else part_of(found.prompts, "prompts")
         return JobResult(job, hidden=part_of(found.hidden), prompts=prompts)
     return _run_at_an_end(job, head_of(job.model))

@@ -7,6 +7,7 @@ queues or loops.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from blocks.engine.batch_jobs import BatchJobs, run_batch_job
 from blocks.engine.errors import ComputeFailed, DeviceBusy, NotLoaded
 from blocks.engine.parts import array_of, part_of, tensor_of
+from blocks.model.batch import straight_on
 from blocks.model.head import Head
 from blocks.model.kv_cache import SpanCache
 from blocks.model.sampling import sample
@@ -30,9 +32,10 @@ class _Cache:
 
 
 class Runner:
-    """See the module."""
+    """See the module. ``between`` is called between two blocks of a batch, and may `run` what is more urgent."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[], None] = straight_on) -> None:
+        self._between = between
         self._spans: dict[str, Span] = {}
         self._heads: dict[str, Head] = {}
         self._caches: dict[LeaseKey, _Cache] = {}
@@ -67,7 +70,7 @@ class Runner:
         try:
             if isinstance(job, BatchJobs):
                 # Not under inference_mode, whose tensors can't be saved for a backward pass.
-                result = run_batch_job(job, self._span, self._head)
+                result = run_batch_job(job, self._span, self._head, self._between)
             else:
                 with torch.inference_mode():
                     result = self._run(job)

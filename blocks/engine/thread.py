@@ -35,7 +35,8 @@ class JobRunner(Protocol):
 class DeviceThread:
     """A `Device`; use `start` and `stop` from the loop's thread.
 
-    Jobs of one lease run in the order of submission: a later one is never more urgent than an earlier one that waits.
+    Jobs of one lease run in the order of submission: a later one is never more urgent than an earlier one that waits. A batch
+    (`JobPriority.BACKGROUND`) lets sessions' jobs in between its blocks: `run_more_urgent`.
     """
 
     def __init__(self, torch_threads: int | None = None, *, make_runner: Callable[[], JobRunner] | None = None) -> None:
@@ -54,6 +55,7 @@ class DeviceThread:
         self._completed: deque[tuple[JobResult, Done]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._runner: JobRunner | None = None
 
     @property
     def step_count(self) -> int:
@@ -136,10 +138,21 @@ class DeviceThread:
 
         if self._torch_threads is not None:
             torch.set_num_threads(self._torch_threads)
-        return Runner()
+        return Runner(self.run_more_urgent)
+
+    def run_more_urgent(self) -> None:
+        """From within a batch, in the device's thread: do the sessions' jobs that wait, so that a token waits for a block of it at most."""
+        while self._runner is not None:
+            with self._lock:
+                if not self._heap or self._heap[0][0] >= JobPriority.BACKGROUND:
+                    return
+                _, _, work, done = heappop(self._heap)
+            self._wake.get()  # its own, or one that is as good; at most a moment away
+            assert done is not None and not callable(work), "only a model is loaded without a result, in the background"
+            self._run(self._runner, work, done)
 
     def _main(self) -> None:
-        runner = self._make_runner()
+        runner = self._runner = self._make_runner()
         while True:
             self._wake.get()
             if self._stopping:
@@ -153,9 +166,12 @@ class DeviceThread:
                     self._depth -= 1
                 continue
             assert not callable(work)
-            result = runner.run(work)
-            self._finished(work)
-            self._complete(result, done)
+            self._run(runner, work, done)
+
+    def _run(self, runner: JobRunner, job: Job, done: Done) -> None:
+        result = runner.run(job)
+        self._finished(job)
+        self._complete(result, done)
 
     def _finished(self, job: Job) -> None:
         self._steps += 1

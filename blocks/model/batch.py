@@ -2,13 +2,14 @@
 
 Owns the order in which blocks are run and recomputed. Masks, positions and rotary rows come from the decoder's own forward (`plan`).
 What comes out depends on the batch and the span's blocks alone: how many blocks' graphs are kept at once (`BATCH_GRAPH_BYTES`)
-changes no bit. Rows are independent up to the last bits: matrix products of another number of rows may be summed in
-another order, and experts are given the rows that chose them; so callers cut batches by settings, never by load.
+changes no bit, nor does what the device does between two blocks (``between``). Rows are independent up to the last bits: matrix
+products of another number of rows may be summed in another order, and experts are given the rows that chose them; so callers cut
+batches by settings, never by load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,17 +45,32 @@ class Gradients:
     prompts: torch.Tensor | None = None
 
 
-def forward(span: Span, given: Sequences) -> torch.Tensor:
+def straight_on() -> None:
+    """Nothing is done between two blocks."""
+
+
+def forward(span: Span, given: Sequences, between: Callable[[], None] = straight_on) -> torch.Tensor:
     """Run whole sequences: (rows, tokens, d_model) in, the same out.
+
+    Args:
+        between: called before each block; what is more urgent is done there.
 
     Raises:
         ValueError: shapes that don't fit each other or the span.
+        UnsupportedModel: a row outgrows the length that its rotary embedding was made for.
     """
     with torch.no_grad():
-        return _Walk(span, given).run(given.hidden, 0, len(span.modules))
+        return _Walk(span, given, between).run(given.hidden, 0, len(span.modules))
 
 
-def backward(span: Span, given: Sequences, grad: torch.Tensor, *, graph_bytes: int = BATCH_GRAPH_BYTES) -> Gradients:
+def backward(
+    span: Span,
+    given: Sequences,
+    grad: torch.Tensor,
+    between: Callable[[], None] = straight_on,
+    *,
+    graph_bytes: int = BATCH_GRAPH_BYTES,
+) -> Gradients:
     """Take ``grad``, the gradient of `forward`'s output, back to its input and its prompts.
 
     Blocks' graphs are kept for as many of the last blocks as fit in ``graph_bytes`` (at least one); what lies before is run without a
@@ -62,11 +78,11 @@ def backward(span: Span, given: Sequences, grad: torch.Tensor, *, graph_bytes: i
 
     Raises:
         ValueError: as `forward`.
-        UnsupportedModel: the span's quantisation has no gradients on this device.
+        UnsupportedModel: as `forward`, and where the span's quantisation has no gradients on this device.
     """
     if grad.shape != given.hidden.shape:
         raise ValueError(f"the gradient is {tuple(grad.shape)}, the output {tuple(given.hidden.shape)}")
-    walk = _Walk(span, given)
+    walk = _Walk(span, given, between)
     runs = _runs(len(span.modules), max(1, graph_bytes // walk.graph_bytes()))
     inputs = [given.hidden]
     with torch.no_grad():
@@ -97,8 +113,9 @@ def _runs(blocks: int, length: int) -> list[tuple[int, int]]:
 class _Walk:
     """One batch on its way through a span's blocks."""
 
-    def __init__(self, span: Span, given: Sequences) -> None:
+    def __init__(self, span: Span, given: Sequences, between: Callable[[], None]) -> None:
         rows, tokens = _checked(span, given)
+        self._between = between
         self._span = span
         self._shape = (rows, tokens)
         self._hidden = given.hidden
@@ -119,22 +136,31 @@ class _Walk:
 
     def run(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
         for index in range(start, end):
+            self._between()
             hidden = self._calls[index].run(self._span.modules[index], self._enter(hidden, index))
         return hidden
 
-    def take_back(self, hidden: torch.Tensor, grad: torch.Tensor, start: int, end: int) -> Sequence[torch.Tensor]:
-        """The gradients of what blocks [start, end) were given, prompts added; the first is also that of ``hidden``."""
-        wanted: list[torch.Tensor] = []
-        with torch.enable_grad():
-            output = hidden.detach().requires_grad_()
-            for index in range(start, end):
-                output = self._enter(output, index)
-                if index == start or self._added is not None:
-                    wanted.append(output)
-                output = self._calls[index].run(self._span.modules[index], output)
-        if output.grad_fn is None:
-            raise UnsupportedModel("These blocks' quantisation has no gradients here: ask servers of plain blocks.")
-        return torch.autograd.grad(output, wanted, grad)
+    def take_back(self, hidden: torch.Tensor, grad: torch.Tensor, start: int, end: int) -> list[torch.Tensor]:
+        """The gradients of what blocks [start, end) were given, prompts added; the first is also that of ``hidden``.
+
+        A graph for each block, cut where it begins: so that there is a way out between any two.
+        """
+        graphs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for index in range(start, end):
+            self._between()
+            with torch.enable_grad():
+                entering = self._enter(hidden.detach(), index).requires_grad_()
+                hidden = self._calls[index].run(self._span.modules[index], entering)
+            if hidden.grad_fn is None:
+                raise UnsupportedModel("These blocks' quantisation has no gradients here: ask servers of plain blocks.")
+            graphs.append((entering, hidden))
+        found: list[torch.Tensor] = []
+        while graphs:
+            self._between()
+            entering, hidden = graphs.pop()
+            (grad,) = torch.autograd.grad(hidden, entering, grad)
+            found.insert(0, grad)
+        return found
 
     def prompt_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         return rows_in_order(grad[:, : self._length])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from blocks.protocol.device import (
     ForwardJob,
     Job,
     JobResult,
+    LeaseKey,
     LossJob,
+    SpanJob,
 )
 from overlay.rpc.types import Part
 from routing.types import Span
@@ -62,6 +65,7 @@ def numbers(values: torch.Tensor, dtype: torch.dtype, name: str) -> Part:
 TOKEN_IDS = numbers(torch.arange(ROWS * TOKENS).view(ROWS, TOKENS), torch.int32, "tokens")
 LABELS = numbers(torch.arange(ROWS * (LENGTH + TOKENS)).view(ROWS, -1), torch.int32, "labels")
 MASK = numbers(torch.ones((ROWS, LENGTH + TOKENS)), torch.uint8, "mask")
+MASK_OF_TOKENS = numbers(torch.ones((ROWS, TOKENS)), torch.uint8, "mask")
 POSITIONS = numbers(torch.arange(LENGTH + TOKENS).expand(ROWS, -1), torch.int32, "positions")
 
 
@@ -176,3 +180,58 @@ def test_a_head_keeps_nothing_of_a_batch(runner: Runner) -> None:
     good(runner.run(EmbedBatchJob(KEY, TOKEN_IDS, prefix)))
     head: Head = runner._heads[KEY]
     assert all(station.hidden is None and station.call is None for station in head._stations)
+
+
+@pytest.mark.parametrize("kind", [ForwardJob, BackwardJob])
+def test_a_sessions_token_waits_for_a_block_of_a_batch_and_changes_no_bit_of_it(
+    source: ModelSource, kind: type[ForwardJob] | type[BackwardJob]
+) -> None:
+    batched, step = Batch(floats(ROWS, TOKENS, WIDTH), MASK_OF_TOKENS), floats(1, WIDTH, seed=3)
+    grad = floats(ROWS, TOKENS, WIDTH, seed=4)
+    large: Job = ForwardJob(KEY, WHOLE, batched) if kind is ForwardJob else BackwardJob(KEY, WHOLE, batched, grad)
+    token = SpanJob(KEY, LeaseKey(bytes(16), 0), WHOLE, 0, 1, step, 8)
+    undisturbed = loaded(Runner(), source)
+    expected = {type(token): good(undisturbed.run(token)), kind: good(undisturbed.run(large))}
+    found: dict[type[Job], Part] = {}
+    between, submitted = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        over, loop = asyncio.Event(), asyncio.get_running_loop()
+        was_there = asyncio.Event()
+
+        def in_between() -> None:
+            if not between.is_set():
+                between.set()
+                loop.call_soon_threadsafe(was_there.set)
+                assert submitted.wait(30)
+            device.run_more_urgent()
+
+        def done(result: JobResult) -> None:
+            found[type(result.job)] = good(result)
+            if len(found) == 2:
+                over.set()
+
+        device = DeviceThread(make_runner=lambda: loaded(Runner(in_between), source))
+        device.start()
+        try:
+            async with asyncio.timeout(30):
+                device.submit((large,), done)
+                await was_there.wait()
+                device.submit((token,), done)
+                submitted.set()
+                await over.wait()
+        finally:
+            device.stop()
+
+    asyncio.run(main())
+    assert list(found) == [SpanJob, kind]
+    assert found == expected
+
+
+def test_a_batch_lets_no_other_batch_in(runner: Runner) -> None:
+    device = DeviceThread(make_runner=lambda: runner)
+    device.run_more_urgent()
+    device._runner = runner
+    device.submit((ForwardJob(KEY, WHOLE, Batch(floats(1, 1, WIDTH))),), lambda result: None)
+    device.run_more_urgent()
+    assert device.queue_depth == 1
