@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from peerd.local_api.node_view import Status, SwarmModel
 from peerd.node import Node
 from routing.types import Span
 
+OnTokens = Callable[[int], None]
 ARITHMETIC, BLANK, TORCH = "arithmetic", "blank", "torch"
 
 
@@ -121,8 +123,14 @@ class NodePeer:
         """What `peerctl swarm` shows: as this daemon sees it, and looking makes it look."""
         return self.node.swarm()
 
-    async def generate(self, prompt: tuple[int, ...], count: int, *, wait_s: float = 60.0) -> Answer:
-        """A text of ``count`` tokens. Raises PeerdError as the local API would answer."""
+    def gauge(self, name: str) -> float:
+        """One of the daemon's metrics, without its ``peerd_``."""
+        return self.node.metrics.registry.get_sample_value(f"peerd_{name}") or 0.0
+
+    async def generate(
+        self, prompt: tuple[int, ...], count: int, *, wait_s: float = 60.0, on_tokens: OnTokens | None = None
+    ) -> Answer:
+        """A text of ``count`` tokens; ``on_tokens`` hears how many there are by now. Raises PeerdError as the local API would answer."""
         loop = asyncio.get_running_loop()
         model = await self.node.open_model(self.settings.model)
         request = GenerationRequest(prompt, SamplingParams(), count, ignore_eos=True, wait_s=wait_s)
@@ -139,6 +147,8 @@ class NodePeer:
                     text.append(event.text)
                     if event.token_ids:
                         times.append((loop.time(), len(event.token_ids)))
+                        if on_tokens is not None:
+                            on_tokens(len(ids))
                         self._host.trace("session", f"tokens {' '.join(map(str, event.token_ids))}", session)
                 elif isinstance(event, Waiting):
                     waits.append(event.reason)

@@ -1,0 +1,204 @@
+"""What can happen to a hop of a live route, or to its driver, and how it is undone.
+
+Owns who is struck now, so that every block keeps a server that isn't (a swarm that lacks blocks has no text to give), and the way back.
+Knows routes only as `peerctl status` shows them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from netsim.peers.node import NodePeer
+from netsim.sim_host import Machine
+from netsim.world import State, World
+from routing.types import Span
+
+SLOW_FACTOR = 300.0
+"""A step of some 3 ms takes a second; one of a long prefill many."""
+BACK_S_MAX = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """What, when the text has how many tokens, on which hop (as a share of the route), and for how long."""
+
+    kind: str
+    at_token: int
+    share: float
+    back_after_s: float
+    hits_driver: bool = False
+
+
+Undo = Callable[[], object]
+
+
+class Striker:
+    """See the module."""
+
+    def __init__(self, world: World, servers: str, blocks: int) -> None:
+        self._world = world
+        self._servers = servers
+        self._blocks = blocks
+        self._struck: dict[str, int] = {}
+
+    # --- what is served, in truth ---
+
+    def spans(self) -> list[tuple[Machine, Span]]:
+        """Who serves what, of those that run."""
+        found = []
+        for machine in self._world.alive(self._servers):
+            span = cast(NodePeer, machine.peer).serves() if machine.peer is not None else None
+            if span is not None:
+                found.append((machine, span))
+        return found
+
+    def coverage(self, without: tuple[str, ...] = ()) -> list[int]:
+        """Servers of each block."""
+        counts = [0] * self._blocks
+        for machine, span in self.spans():
+            if machine.name not in without:
+                for block in range(span.start, span.end):
+                    counts[block] += 1
+        return counts
+
+    def weakest(self) -> int:
+        """Of the blocks, the fewest servers."""
+        return min(self.coverage())
+
+    # --- strikes ---
+
+    def strike(self, driver: Machine, strike: Strike) -> bool:
+        """Hit a hop of the driver's oldest session, or the driver itself. False when there is none, or it would leave a gap."""
+        if strike.hits_driver:
+            return self._hit(driver, driver, strike, STRIKES[strike.kind])
+        hops = self._hops_of(driver)
+        if not hops:
+            return False
+        index = int(strike.share * len(hops))
+        target = hops[index]
+        others = (target.name, *self._struck)
+        if target.name in self._struck or min(self.coverage(others)) < 1:
+            return False
+        onward = hops[index + 1] if index + 1 < len(hops) else driver
+        return self._hit(target, onward, strike, STRIKES[strike.kind])
+
+    def _hit(self, target: Machine, onward: Machine, strike: Strike, how: StrikeKind) -> bool:
+        if target.state is not State.RUNNING:
+            return False
+        undo = how(self._world, target, onward)
+        self._struck[target.name] = self._struck.get(target.name, 0) + 1
+        self._world.loop.call_later(strike.back_after_s, self._undo, target, undo)
+        return True
+
+    def _undo(self, target: Machine, undo: Undo) -> None:
+        undo()
+        self._struck[target.name] -= 1
+        if not self._struck[target.name]:
+            del self._struck[target.name]
+
+    async def wait_all_back(self) -> None:
+        """Until nothing is struck any more."""
+        deadline = self._world.now_s + BACK_S_MAX
+        while self._struck and self._world.now_s < deadline:  # noqa: ASYNC110 - virtual time is cheap
+            await asyncio.sleep(1.0)
+
+    def _hops_of(self, driver: Machine) -> list[Machine]:
+        """The machines of the route of the driver's oldest session, without the driver itself."""
+        peer = cast(NodePeer | None, driver.peer)
+        sessions = peer.status().sessions if peer is not None else ()
+        if not sessions:
+            return []
+        by_peer = {
+            str(cast(NodePeer, machine.peer).node.identity.peer_id): machine
+            for machine in self._world.alive(self._servers)
+            if machine.peer is not None
+        }
+        return [by_peer[hop.peer] for hop in sessions[0].route if hop.peer in by_peer]
+
+
+StrikeKind = Callable[[World, Machine, Machine], Undo]
+"""(world, target, next hop or driver) -> how it is undone."""
+
+
+def _kill(world: World, target: Machine, onward: Machine) -> Undo:
+    world.kill(target)
+    return lambda: world.restart(target)
+
+
+def _wipe(world: World, target: Machine, onward: Machine) -> Undo:
+    world.kill(target)
+    return lambda: world.restart(target, keep_state=False)
+
+
+def _power_off(world: World, target: Machine, onward: Machine) -> Undo:
+    world.power_off(target)
+    return lambda: world.restart(target)
+
+
+def _restart(world: World, target: Machine, onward: Machine) -> Undo:
+    world.restart(target)
+    return lambda: None
+
+
+def _stop(world: World, target: Machine, onward: Machine) -> Undo:
+    """In good order: it drains, and its drivers move before it goes."""
+    world.stop(target)
+    return lambda: world.restart(target)
+
+
+def _freeze(world: World, target: Machine, onward: Machine) -> Undo:
+    world.freeze(target)
+    return lambda: world.thaw(target)
+
+
+def _slow(world: World, target: Machine, onward: Machine) -> Undo:
+    world.slow(target, SLOW_FACTOR)
+    return lambda: world.slow(target, 1.0)
+
+
+def _one_way(world: World, target: Machine, onward: Machine) -> Undo:
+    """What it sends to the next hop is lost; everything else passes, also between the same two the other way."""
+    number = world.partition((target.name,), (onward.name,), both_ways=False)
+    return lambda: world.heal(number)
+
+
+def _cut_off(world: World, target: Machine, onward: Machine) -> Undo:
+    others = [name for name in world.machines if name != target.name]
+    number = world.partition((target.name,), others)
+    return lambda: world.heal(number)
+
+
+def _reset(world: World, target: Machine, onward: Machine) -> Undo:
+    """Its connection to the next hop ends; both live."""
+    world.fabric.reset(target.name, onward.name)
+    return lambda: None
+
+
+def _full(world: World, target: Machine, onward: Machine) -> Undo:
+    world.fill_memory(target, True)
+    world.fabric.reset(target.name, onward.name)
+    return lambda: world.fill_memory(target, False)
+
+
+def _lie_shape(world: World, target: Machine, onward: Machine) -> Undo:
+    world.lie(target, "shape")
+    return lambda: world.lie(target, "")
+
+
+STRIKES: Mapping[str, StrikeKind] = {
+    "kill": _kill,
+    "wipe": _wipe,
+    "power-off": _power_off,
+    "restart": _restart,
+    "stop": _stop,
+    "freeze": _freeze,
+    "slow": _slow,
+    "one-way": _one_way,
+    "cut-off": _cut_off,
+    "reset": _reset,
+    "full": _full,
+    "lie-shape": _lie_shape,
+}

@@ -1,0 +1,278 @@
+"""Texts over whole daemons, while servers on their routes are struck: the text must always be the same.
+
+Owns who asks for what, which hop of a live route is struck at which token (`netsim.strikes`), and what is measured of it.
+What a text has to be is `netsim.arithmetic`'s, worked out in one place and without any of the machinery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random  # noqa: TID251 - the seeded generators that the world hands out
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from netsim.arithmetic import PRIME, Arithmetic
+from netsim.metrics import Metrics
+from netsim.peers.node import Answer, NodePeer, NodeSettings
+from netsim.sim_host import Machine
+from netsim.strikes import STRIKES, Strike, Striker
+from netsim.world import HostDied, World
+from overlay.errors import PeerdError
+
+ONLINE_LOOK_S = 0.25
+SAMPLE_S = 1.0
+LEASES_END_S = 45.0
+"""After the last text: what a driver left behind is freed when its lease ends, 30 s after its last word."""
+ASK_AGAIN_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """The workload's part of a scenario.
+
+    Attributes:
+        texts: by each driver, one after the other.
+        strikes: how hops are struck, drawn from; none where it is empty.
+        strikes_per_text: this many tokens of each text are drawn, and a hop of the route is struck when it has come so far; 0 is the
+            time before the first token.
+        back_after_s: when what was struck is as before.
+        strike_drivers: the share of the strikes that hit the driver itself.
+        retry: whether a driver asks again for a text that a dead driver took along or that was refused for the time being.
+    """
+
+    drivers: str = "driver"
+    servers: str = "server"
+    texts: int = 3
+    prompt_tokens: tuple[int, int] = (16, 200)
+    new_tokens: tuple[int, int] = (24, 48)
+    think_s: tuple[float, float] = (0.0, 1.0)
+    wait_s: float = 60.0
+    strikes: tuple[str, ...] = ()
+    strikes_per_text: int = 1
+    back_after_s: tuple[float, float] = (5.0, 30.0)
+    strike_drivers: float = 0.0
+    ready_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in self.strikes:
+            if name not in STRIKES:
+                raise ValueError(f"strikes: there is no {name!r}; there are {', '.join(sorted(STRIKES))}")
+
+
+class Texts:
+    """See the module."""
+
+    SETTINGS: ClassVar[type[SessionSettings]] = SessionSettings
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "texts.asked": "texts",
+        "texts.done": "texts that came to their end",
+        "texts.wrong": "texts that differ from the model's",
+        "texts.failed": "texts that ended with an error though their driver lived",
+        "texts.taken_along": "texts whose driver died, and that were asked for again",
+        "tokens": "tokens that drivers got",
+        "replays": "times that a session moved to another route",
+        "first_token_s": "seconds from asking to the first token",
+        "token_s": "seconds between two tokens of texts that weren't struck",
+        "recovery_s": "seconds of the longest pause after a strike on a hop of a live route",
+        "recovery_s.*": "the same by kind of strike",
+        "strikes": "strikes on hops of live routes",
+        "strikes.*": "the same by kind",
+        "online_s": "seconds until every block was served",
+        "left.sessions": "sessions that servers still held long after the last text",
+        "left.kv_bytes": "KV memory reserved long after the last text",
+        "coverage.*": "servers of a block that are online, over time",
+        "coverage.min": "of the blocks, the fewest, over time",
+        "tokens_per_s": "over all drivers, over time",
+    }
+
+    def __init__(self, world: World, settings: SessionSettings, metrics: Metrics) -> None:
+        self.world = world
+        self.settings = settings
+        self.metrics = metrics
+        for name in METRICS_FROM_ZERO:
+            metrics.count(name, 0)
+        for name in ("recovery_s", "token_s", "first_token_s"):
+            metrics.expect(name)
+        servers = world.group(settings.servers)
+        told = cast(NodeSettings, servers[0].settings)
+        self.model = Arithmetic(told.blocks, told.width)
+        self.striker = Striker(world, settings.servers, told.blocks)
+        self._tokens_before = 0.0
+
+    async def run(self) -> None:
+        """Wait for the swarm, let every driver ask for its texts, and see that nothing is left of them."""
+        async with asyncio.TaskGroup() as background:
+            sampling = background.create_task(self._sample(), name="sampling")
+            await self._wait_online()
+            async with asyncio.TaskGroup() as asking:
+                for machine in self.world.group(self.settings.drivers):
+                    asking.create_task(self._drive(machine), name=f"{machine.name} asks")
+            await self.striker.wait_all_back()
+            await asyncio.sleep(LEASES_END_S)
+            self._count_left()
+            sampling.cancel()
+
+    async def _wait_online(self) -> None:
+        deadline = self.world.now_s + self.settings.ready_s
+        while self.striker.weakest() < 1 or not all(
+            is_ready(machine) for machine in self.world.group(self.settings.drivers)
+        ):
+            if self.world.now_s > deadline:
+                self.world.fail("", f"not every block was served after {self.settings.ready_s:g} s")
+                return
+            await asyncio.sleep(ONLINE_LOOK_S)
+        self.metrics.put("online_s", self.world.now_s)
+
+    # --- one driver ---
+
+    async def _drive(self, machine: Machine) -> None:
+        draws = self.world.random(f"texts of {machine.name}")
+        for _ in range(self.settings.texts):
+            prompt = tuple(draws.randrange(PRIME) for _ in range(draws.randint(*self.settings.prompt_tokens)))
+            count = draws.randint(*self.settings.new_tokens)
+            self.metrics.count("texts.asked")
+            await self._until_done(machine, prompt, count, draws)
+            await asyncio.sleep(draws.uniform(*self.settings.think_s))
+
+    async def _until_done(self, machine: Machine, prompt: tuple[int, ...], count: int, draws: random.Random) -> None:
+        """Ask; again when the driver died meanwhile."""
+        while True:
+            while not is_ready(machine):  # noqa: ASYNC110 - virtual time is cheap, and no daemon tells of its death
+                await asyncio.sleep(ASK_AGAIN_S)
+            plan = [self._strike(draws, count) for _ in range(self.settings.strikes_per_text)]
+            text = _Text(self, machine, sorted(plan, key=lambda strike: strike.at_token))
+            try:
+                answer = await text.ask(prompt, count)
+            except HostDied:
+                self.metrics.count("texts.taken_along")
+                await asyncio.sleep(ASK_AGAIN_S)
+                continue
+            except PeerdError as error:
+                self.world.trace.note(machine.name, f"no text: {error.code}: {error}")
+                self.metrics.count("texts.failed", of=machine.name)
+                return
+            self._note(machine, answer, self.model.generate(prompt, count), is_struck=text.is_struck)
+            return
+
+    def _strike(self, draws: random.Random, count: int) -> Strike:
+        settings = self.settings
+        kind = draws.choice(settings.strikes) if settings.strikes else ""
+        at_token = draws.randrange(count)
+        hits_driver = draws.random() < settings.strike_drivers
+        return Strike(kind, at_token, draws.random(), draws.uniform(*settings.back_after_s), hits_driver)
+
+    def _note(self, machine: Machine, answer: Answer, expected: Sequence[int], *, is_struck: bool) -> None:
+        metrics = self.metrics
+        wrong = list(answer.token_ids) != list(expected) or answer.finish_reason != "length"
+        metrics.count("texts.done")
+        metrics.count("texts.wrong", int(wrong), of=answer.session if wrong else "")
+        metrics.count("replays", answer.replays)
+        self.world.trace.add("text", machine.name, f"{len(answer.token_ids)} {answer.replays} {wrong}", answer.session)
+        if not is_struck and not answer.replays and len(answer.token_at_s) > 1:
+            (first_s, _), (last_s, _) = answer.token_at_s[0], answer.token_at_s[-1]
+            tokens = sum(count for _, count in answer.token_at_s[1:])
+            metrics.observe("token_s", (last_s - first_s) / tokens, of=answer.session)
+
+    # --- what is seen from outside ---
+
+    async def _sample(self) -> None:
+        while True:
+            now_s, metrics = self.world.now_s, self.metrics
+            coverage = self.striker.coverage()
+            for block, servers in enumerate(coverage):
+                metrics.sample(f"coverage.{block}", now_s, servers)
+            metrics.sample("coverage.min", now_s, min(coverage))
+            tokens = metrics.numbers().get("tokens", 0.0)
+            metrics.sample("tokens_per_s", now_s, (tokens - self._tokens_before) / SAMPLE_S)
+            self._tokens_before = tokens
+            await asyncio.sleep(SAMPLE_S)
+
+    def _count_left(self) -> None:
+        for machine in self.world.alive():
+            peer = cast(NodePeer | None, machine.peer)
+            if peer is not None:
+                sessions, kv_bytes = peer.gauge("sessions_served"), peer.gauge("kv_bytes")
+                self.metrics.count("left.sessions", sessions, of=machine.name if sessions else "")
+                self.metrics.count("left.kv_bytes", kv_bytes, of=machine.name if kv_bytes else "")
+
+
+METRICS_FROM_ZERO = (
+    "texts.asked", "texts.done", "texts.wrong", "texts.failed", "texts.taken_along",
+    "tokens", "replays", "strikes", "left.sessions", "left.kv_bytes",
+)  # fmt: skip
+
+
+class _Text:
+    """One text being asked for, with the strikes that it will see."""
+
+    def __init__(self, workload: Texts, machine: Machine, plan: list[Strike]) -> None:
+        self._workload = workload
+        self._machine = machine
+        self._plan = [strike for strike in plan if strike.kind]
+        self._count = 0
+        self._news = asyncio.Event()
+        self._struck = ""
+        self._last_s = 0.0
+        self._pause_s = 0.0
+        self.is_struck = False
+
+    async def ask(self, prompt: tuple[int, ...], count: int) -> Answer:
+        """Raises HostDied, PeerdError."""
+        workload, world = self._workload, self._workload.world
+        peer = cast(NodePeer, self._machine.peer)
+        asked_s = self._last_s = world.now_s
+        striking = asyncio.ensure_future(self._strike_all())  # noqa: TID251 - cancelled below
+        try:
+            answer = await world.on(
+                self._machine,
+                peer.generate(prompt, count, wait_s=workload.settings.wait_s, on_tokens=self._on_tokens),
+            )
+        finally:
+            striking.cancel()
+            await asyncio.wait({striking})
+        self._note_recovery()
+        started_s = world.loop.time() - world.now_s
+        workload.metrics.observe("first_token_s", answer.token_at_s[0][0] - started_s - asked_s, of=answer.session)
+        return answer
+
+    def _on_tokens(self, count: int) -> None:
+        """In the driver's context, so it only notes."""
+        self._workload.metrics.count("tokens", count - self._count)
+        self._count = count
+        now_s = self._workload.world.now_s
+        self._pause_s = max(self._pause_s, now_s - self._last_s)
+        self._last_s = now_s
+        self._news.set()
+
+    def _note_recovery(self) -> None:
+        """The longest pause since the last strike: what was under way then may still have come."""
+        kind, self._struck = self._struck, ""
+        if kind:
+            self._workload.metrics.observe("recovery_s", self._pause_s, of=self._machine.name)
+            self._workload.metrics.observe(f"recovery_s.{kind}", self._pause_s, of=self._machine.name)
+
+    async def _strike_all(self) -> None:
+        workload = self._workload
+        for strike in self._plan:
+            if strike.at_token == 0:
+                await asyncio.sleep(strike.share * 0.5)
+            while self._count < strike.at_token:
+                self._news.clear()
+                await self._news.wait()
+            if workload.striker.strike(self._machine, strike):
+                self.is_struck = True
+                workload.metrics.count("strikes")
+                workload.metrics.count(f"strikes.{strike.kind}")
+                self._note_recovery()
+                self._pause_s = 0.0
+                self._struck = "driver" if strike.hits_driver else strike.kind
+
+
+def is_ready(machine: Machine) -> bool:
+    """Whether its daemon runs and has met its network."""
+    peer = cast(NodePeer | None, machine.peer)
+    return machine.is_alive and peer is not None and peer.is_ready.is_set() and peer.status().state == "online"
+
+
+WORKLOADS = {"texts": Texts}
