@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
@@ -42,6 +43,11 @@ FAILURES_MAX = 1_000
 
 PRUNE_TASKS_MIN = 64
 
+EXECUTOR_DELAY_S = 0.0005
+
+CLOSINGS_MAX = 16
+"""Awaits in the clean-up of a dead task that are passed by before it is left to the collector."""
+
 
 class NothingWillHappen(RuntimeError):
     """The main task waits for something that no callback and no timer can bring about."""
@@ -66,6 +72,22 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.at_s:.6f} {self.host or '-'}: {self.message}" + (f" ({self.error!r})" if self.error else "")
+
+
+class _Life:
+    """One incarnation of a host's process: what is said of all its callbacks."""
+
+    __slots__ = ("context", "is_dead", "parked", "prune_at", "tasks")
+
+    def __init__(self) -> None:
+        self.context = Context()
+        self.is_dead = False
+        self.parked: list[Any] | None = None
+        self.tasks: list[ref[OrderedTask[Any]]] = []
+        self.prune_at = PRUNE_TASKS_MIN
+
+
+_LIFE: ContextVar[_Life | None] = ContextVar("_LIFE", default=None)
 
 
 class OrderedTask(asyncio.Task[Result]):
@@ -154,10 +176,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._serial = 0
         self._cancelled_timers = 0
         self._stopping = False
-        self._frozen: dict[str, list[Any]] = {}
-        self._contexts: dict[str, Context] = {}
-        self._tasks: dict[str, list[ref[OrderedTask[Any]]]] = {}
-        self._prune_at: dict[str, int] = {}
+        self._lives: dict[str, _Life] = {}
+        self._is_watching = False
+        self._buried: list[asyncio.Task[Any]] = []
+        self._executors: dict[Any, float] = {}
+        self.executor_delay_s: Callable[[str], float] = _usual_executor_delay_s
+        """What a job waits for its thread, by host; the world gives one with a seed."""
         self._turn_began = start_s
         self._still_turns = 0
         self._next_young = YOUNG_COLLECTION_CALLBACKS
@@ -238,60 +262,114 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
         task: OrderedTask[Any] = OrderedTask(coro, loop=self, name=None if name is None else str(name), context=context)
-        host = HOST.get() if context is None else context.get(HOST, "")
-        found = self._tasks.setdefault(host, [])
-        found.append(ref(task))
-        if len(found) > self._prune_at.get(host, PRUNE_TASKS_MIN):
-            found[:] = [alive for alive in found if _is_live(alive())]
-            self._prune_at[host] = max(PRUNE_TASKS_MIN, 2 * len(found))
+        life = _LIFE.get() if context is None else context.get(_LIFE)
+        if life is not None:
+            life.tasks.append(ref(task))
+            if len(life.tasks) > life.prune_at:
+                life.tasks[:] = [alive for alive in life.tasks if _is_live(alive())]
+                life.prune_at = max(PRUNE_TASKS_MIN, 2 * len(life.tasks))
         return task
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """Run the function now, as no part of the loop; the future is done at the next turn."""
+        """Run the function a little later in one go, in the caller's context; not at all if the future is cancelled before.
+
+        Jobs of one executor keep their order, those of the default one needn't.
+        """
         future = self.create_future()
+        when = self._now + self.executor_delay_s(HOST.get())
+        if executor is not None:
+            when = self._executors[executor] = max(when, self._executors.get(executor, 0.0))
+        self.call_at(when, self._run_job, future, func, args)
+        return future
+
+    def _run_job(self, future: asyncio.Future[Any], func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if future.done():
+            return
         asyncio._set_running_loop(None)
         try:
             result = func(*args)
         except (KeyboardInterrupt, SystemExit):
             raise
+        except StopIteration as error:
+            future.set_exception(RuntimeError(f"a function for an executor raised {error!r}"))
         except BaseException as error:  # noqa: BLE001 - as of a thread: whatever it raises goes to who waits
-            self.call_soon(_fail, future, error)
+            future.set_exception(error)
         else:
-            self.call_soon(_finish, future, result)
+            future.set_result(result)
         finally:
             asyncio._set_running_loop(self)
-        return future
 
     # --- hosts ---
 
+    def _life(self, host: str) -> _Life:
+        life = self._lives.get(host)
+        if life is None:
+            life = self._lives[host] = _Life()
+            life.context.run(HOST.set, host)
+            life.context.run(_LIFE.set, life)
+        return life
+
     def context_of(self, host: str) -> Context:
         """The context for a host's entry points: a callback run in it is the host's, and so is everything it starts."""
-        context = self._contexts.get(host)
-        if context is None:
-            context = self._contexts[host] = Context()
-            context.run(HOST.set, host)
-        return context
+        return self._life(host).context
 
     def freeze(self, host: str) -> None:
-        """From now on the host's callbacks wait, in their order; idempotent."""
-        self._frozen.setdefault(host, [])
+        """From now on the callbacks of the host's process wait; idempotent."""
+        self._is_watching = True
+        life = self._life(host)
+        if life.parked is None:
+            life.parked = []
 
     def thaw(self, host: str) -> None:
-        """What waited is due now, in its order."""
-        self._due.extend(self._frozen.pop(host, ()))
+        """What waited is due now: first what was ready (reads among it), then timers, each in their order."""
+        life = self._lives.get(host)
+        if life is None or life.parked is None:
+            return
+        parked, life.parked = life.parked, None
+        self._due.extend(handle for handle in parked if not isinstance(handle, asyncio.TimerHandle))
+        self._due.extend(handle for handle in parked if isinstance(handle, asyncio.TimerHandle))
 
     def is_frozen(self, host: str) -> bool:
-        return host in self._frozen
+        life = self._lives.get(host)
+        return life is not None and life.parked is not None
 
     def tasks_of(self, host: str) -> list[asyncio.Task[Any]]:
-        """The host's tasks that aren't done, oldest first."""
-        tasks = (alive() for alive in self._tasks.get(host, ()))
+        """The tasks of the host's process that aren't done, oldest first."""
+        life = self._lives.get(host)
+        tasks = (alive() for alive in life.tasks) if life is not None else ()
         return [task for task in tasks if task is not None and not task.done()]
 
+    def mute(self, host: str) -> None:
+        """The host's process is dead, as after kill -9: nothing of it runs again, now or later, its clean-up neither.
+
+        Its tasks are kept, standing, until the loop is closed. The next `context_of` begins a new life. Not for a host's own
+        callbacks: call it from the world's.
+        """
+        self._is_watching = True
+        life = self._lives.pop(host, None)
+        if life is None:
+            return
+        life.is_dead, life.parked = True, None
+        for alive in life.tasks:
+            task = alive()
+            if task is not None and not task.done():
+                asyncio.tasks._unregister_task(task)
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                self._buried.append(task)
+        life.tasks.clear()
+
     def forget(self, host: str) -> None:
-        """A host's process is over: drops what waits while it is frozen, its context and the list of its tasks."""
-        for kept in (self._frozen, self._contexts, self._tasks, self._prune_at):
-            kept.pop(host, None)
+        """The next `context_of` begins a new life; what the last one still runs goes on."""
+        self._lives.pop(host, None)
+
+    def close(self) -> None:
+        """As the base loop; the dead are taken apart first, where nothing they do has an effect."""
+        if not self.is_running() and not self.is_closed():
+            buried, self._buried = self._buried, []
+            for task in buried:
+                _take_apart(task)
+            self._due.clear()
+        super().close()
 
     # --- errors ---
 
@@ -316,17 +394,26 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_forever(self) -> None:
         """As the base loop; the collector runs when this loop says, not when a count of allocations does."""
         was_enabled = gc.isenabled()
+        start, ours = threading.Thread.start, threading.get_ident()
+
+        def refuse(thread: threading.Thread) -> None:
+            if threading.get_ident() == ours:
+                raise RuntimeError(f"a simulated node has no threads, and {thread.name} was to be one")
+            start(thread)
+
         gc.disable()
+        threading.Thread.start = refuse  # type: ignore[assignment,method-assign]
         try:
             super().run_forever()
         finally:
+            threading.Thread.start = start  # type: ignore[method-assign]
             if was_enabled:
                 gc.enable()
 
     def _run_once(self) -> None:
         self._watch_time()
         self._collect()
-        due, timers, frozen = self._due, self._timers, self._frozen
+        due, timers = self._due, self._timers
         handle: Any
         for _ in range(CALLBACKS_PER_TURN):
             if self._stopping:
@@ -347,7 +434,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 self._now = max(self._now, when)
             else:
                 raise NothingWillHappen("no callback is ready and no timer is set: the simulation is stuck")
-            if handle._cancelled or (frozen and self._park(handle)):
+            if handle._cancelled or (self._is_watching and self._is_held(handle)):
                 continue
             self.events += 1
             try:
@@ -358,12 +445,16 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 what = f"exception in callback {getattr(handle._callback, '__qualname__', handle._callback)}"
                 handle._context.run(self.call_exception_handler, {"message": what, "exception": error})
 
-    def _park(self, handle: Any) -> bool:
-        waiting = self._frozen.get(handle._context.get(HOST, ""))
-        if waiting is None:
+    def _is_held(self, handle: Any) -> bool:
+        """Whether a due callback doesn't run: its process is dead, or stands still."""
+        life = handle._context.get(_LIFE)
+        if life is None:
             return False
-        waiting.append(handle)
-        return True
+        if life.parked is not None:
+            life.parked.append(handle)
+            return True
+        is_dead: bool = life.is_dead
+        return is_dead
 
     def _watch_time(self) -> None:
         self._still_turns = self._still_turns + 1 if self._now == self._turn_began else 0
@@ -390,14 +481,32 @@ def _is_live(task: OrderedTask[Any] | None) -> bool:
     return task is not None and not task.done()
 
 
-def _finish(future: asyncio.Future[Any], result: Any) -> None:
-    if not future.done():
-        future.set_result(result)
+def _usual_executor_delay_s(host: str) -> float:
+    return EXECUTOR_DELAY_S
 
 
-def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _take_apart(task: asyncio.Task[Any]) -> None:
+    """Close the coroutine of a dead task here, rather than wherever the collector would."""
+    coroutine: Any = task.get_coro()
+    for _ in range(CLOSINGS_MAX):
+        try:
+            coroutine.close()
+        except BaseException:  # noqa: BLE001 - a clean-up that awaits, or fails without its loop: nobody hears of it
+            continue
+        return
+
+
+def _hash_of_gathering(gathering: Any) -> int:
+    """`asyncio.gather` makes its future itself; it gets its number when a set first asks."""
+    serial: int | None = gathering.__dict__.get("serial")
+    if serial is None:
+        loop = gathering.get_loop()
+        serial = loop.next_serial() if isinstance(loop, VirtualLoop) else object.__hash__(gathering)
+        gathering.serial = serial
+    return serial
+
+
+asyncio.tasks._GatheringFuture.__hash__ = _hash_of_gathering  # type: ignore[attr-defined]
 
 
 def run(main: Coroutine[Any, Any, Result], start_s: float = 1000.0) -> Result:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -75,21 +77,73 @@ def test_a_wait_that_nothing_can_end_is_an_error_not_a_hang() -> None:
         run(main())
 
 
-def test_what_an_executor_runs_is_done_at_the_next_turn_and_its_errors_go_to_who_waits() -> None:
+def test_what_an_executor_runs_is_done_a_little_later_and_its_errors_go_to_who_waits() -> None:
     def fail() -> None:
         raise ValueError("no")
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(None, sum, (1, 2))
-        assert not future.done()
         await asyncio.sleep(0)
-        assert future.result() == 3
+        assert not future.done()
+        assert await future == 3
         assert await asyncio.to_thread(len, "four") == 4
         with pytest.raises(ValueError, match="no"):
             await asyncio.to_thread(fail)
         with pytest.raises(RuntimeError, match="no running event loop"):
             await asyncio.to_thread(asyncio.get_running_loop)
+
+    run(main())
+
+
+def test_jobs_of_one_executor_keep_their_order_and_one_that_was_cancelled_before_is_not_run() -> None:
+    async def main() -> list[int]:
+        loop = virtual()
+        order: list[int] = []
+        delays = iter((0.5, 0.1, 0.3))
+        loop.executor_delay_s = lambda host: next(delays)
+        executor = cast(ThreadPoolExecutor, object())
+        jobs = [loop.run_in_executor(executor, order.append, number) for number in range(3)]
+        jobs[1].cancel()
+        await asyncio.wait(jobs)
+        return order
+
+    assert run(main()) == [0, 2]
+
+
+def test_threads_are_refused() -> None:
+    async def main() -> None:
+        threading.Thread(target=print, name="sneaky").start()
+
+    with pytest.raises(RuntimeError, match=r"no threads.*sneaky"):
+        run(main())
+
+
+def test_nothing_of_a_muted_host_runs_again_not_even_its_clean_up() -> None:
+    async def main() -> None:
+        loop = virtual()
+        said: list[str] = []
+
+        async def life(name: str) -> None:
+            try:
+                while True:
+                    await asyncio.sleep(1.0)
+                    said.append(name)
+            finally:
+                if loop.is_running():
+                    said.append("clean-up")
+                await asyncio.sleep(1.0)
+
+        first = loop.create_task(life("first"), context=loop.context_of("a"))
+        loop.call_later(3.0, said.append, "timer", context=loop.context_of("a"))
+        await asyncio.sleep(1.5)
+        loop.mute("a")
+        first.cancel()
+        second = loop.create_task(life("second"), context=loop.context_of("a"))
+        await asyncio.sleep(2.2)
+        assert said == ["first", "second", "second"]
+        assert not first.done()
+        assert loop.tasks_of("a") == [second]
 
     run(main())
 
