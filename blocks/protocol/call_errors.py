@@ -19,6 +19,7 @@ CALL_CODES: dict[str, CallMeaning] = {
     # The server can't take the call now. Never a blame: it said so in time.
     "busy": CallMeaning(True, Blame.NETWORK),
     "draining": CallMeaning(True, Blame.NETWORK),
+    "no-turn": CallMeaning(True, Blame.NETWORK),
     # The server and its record disagree: the record was old.
     "not-served": CallMeaning(True, Blame.NETWORK),
     "wrong-class": CallMeaning(True, Blame.NETWORK),

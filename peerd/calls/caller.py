@@ -41,8 +41,8 @@ AVOID_S = 20.0
 BUSY_S = 0.5
 LOOK_S = 0.5
 ATTEMPTS_MAX = 1000
-LOST_MAX = 64
-"""Servers whose loss gives a call new time to wait."""
+LEFT_MAX = 64
+"""Servers whose loss, or crowd, gives a call new time to wait."""
 MODELS_MAX = 64
 
 
@@ -200,7 +200,7 @@ class BatchCaller:
         """
         async with job.turns:  # before a server is chosen: who it is follows from what is known when the call begins
             deadline = self._clock.now() + job.wait_s
-            lost: list[bytes] = []
+            left: list[bytes] = []
             for _ in range(ATTEMPTS_MAX):
                 server = await self._server_for(job, span, hidden, backward=grad is not None, deadline=deadline)
                 if server is None:
@@ -210,7 +210,7 @@ class BatchCaller:
                 try:
                     answer = await self._ask(job, server, run, batch, grad)
                 except PeerdError as error:
-                    if self._failed(job, server, error, lost):
+                    if self._failed(job, server, error, left):
                         deadline = self._clock.now() + job.wait_s  # what it computed until then was no waiting
                     elif self._clock.now() > deadline:
                         raise
@@ -234,8 +234,8 @@ class BatchCaller:
         self._planner.praise((server.peer,))
         return answer
 
-    def _failed(self, job: _Job, server: SpanRecord, error: PeerdError, lost: list[bytes]) -> bool:
-        """Leave the server alone for a while, and say whose fault it was; True: the call lost it for the first time.
+    def _failed(self, job: _Job, server: SpanRecord, error: PeerdError, left: list[bytes]) -> bool:
+        """Leave the server alone for a while, and say whose fault it was; True: the call left it for the first time after a wait there.
 
         Raises what no other server can help with.
         """
@@ -252,12 +252,13 @@ class BatchCaller:
         job.avoided[server.peer] = now + AVOID_S
         if server.peer == self._self_peer or error.code in ("not-served", "wrong-class"):
             return False  # its record is older than what it does
-        if error.blame is not Blame.US:
+        is_lost = error.code != "no-turn"  # who has others before us is not lost, and nobody is blamed
+        if is_lost and error.blame is not Blame.US:
             self._planner.blame(server.peer, error)
-        if server.peer in lost or len(lost) >= LOST_MAX:
+        if server.peer in left or len(left) >= LEFT_MAX:
             return False
-        lost.append(server.peer)
-        self.servers_lost += 1
+        left.append(server.peer)
+        self.servers_lost += is_lost
         return True
 
     async def _server_for(

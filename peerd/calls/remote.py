@@ -13,6 +13,7 @@ from dataclasses import replace
 from blocks.call_service import TENSORS_PROTOCOL, fault_of_error
 from blocks.protocol import calls
 from blocks.protocol.call_errors import CallFault
+from blocks.protocol.call_queue import pieces_of
 from blocks.protocol.calls import CallRequest
 from overlay.errors import InvalidAddress, PeerdError, ProtocolViolation
 from overlay.host import Host
@@ -27,6 +28,8 @@ OPEN_TIMEOUT_S = 8.0
 CALL_SILENCE_S = 5.0
 FIRST_WORD_S = 15.0
 CALL_STALL_S = 60.0
+CALL_TURN_S = 120.0
+"""How long a call waits for its turn at one server that has others before it and says so; its parts' way there comes on top."""
 UPLOAD_BYTES_PER_S = 32 << 10
 LOOK_S = 0.5
 
@@ -34,8 +37,10 @@ LOOK_S = 0.5
 class _Ears:
     """What the server says on one stream."""
 
-    def __init__(self, call: bytes, nonce: bytes, now: float) -> None:
-        self._call = call
+    def __init__(self, request: CallRequest, nonce: bytes, now: float) -> None:
+        self._call = request.call
+        self._pieces = len(pieces_of(request.rows, request.tokens))
+        self._turn_s = CALL_TURN_S + sum(part.size_bytes for part in request.parts) / UPLOAD_BYTES_PER_S
         self._nonce = nonce
         self.answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self.heard = False
@@ -52,10 +57,9 @@ class _Ears:
             self._fail(ProtocolViolation("A server answered another call than it was asked."))
         elif message.kind == calls.PROGRESS:
             begun = message.header.get("begun")
-            begun = begun if isinstance(begun, int) else 0
-            if begun > self._begun or not begun:  # a call that waits its turn is not lost
-                self.moved_at = now
-            self._begun = max(self._begun, begun)
+            begun = min(begun, self._pieces) if isinstance(begun, int) else 0  # it can't begin more than there is
+            if begun > self._begun:
+                self._begun, self.moved_at = begun, now
         elif message.kind == calls.ERROR:
             self._fail(fault_of_error(message))
         else:
@@ -82,7 +86,9 @@ class _Ears:
                 return CallFault("silent", "The server didn't take the call.")
         elif now - self.heard_at > CALL_SILENCE_S:
             return CallFault("silent", "The server fell silent in the middle of a call.")
-        elif now - self.moved_at > CALL_STALL_S:
+        elif not self._begun and now - self.moved_at > self._turn_s:
+            return CallFault("no-turn", "The server has had others before this call for too long; try again later.")
+        elif self._begun and now - self.moved_at > CALL_STALL_S:
             return CallFault("stalled", "The server stands still in the middle of a call.")
         return None
 
@@ -98,7 +104,7 @@ async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request
     )
     loop = asyncio.get_running_loop()
     nonce = host.ports.randomness.token(NONCE_BYTES)
-    ears = _Ears(request.call, nonce, loop.time())
+    ears = _Ears(request, nonce, loop.time())
     channel = MessageChannel(stream, host.identity, message_bytes_max=calls.CALL_BYTES_MAX + HEADER_BYTES_MAX)
     channel.set_receiver(ears)
     message = request.to_message()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from blocks.protocol import calls
 from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import CallRequest
 from blocks.protocol.device import BackwardJob, Batch
+from overlay.errors import PeerdError
 from overlay.rpc.channel import MessageChannel
 from overlay.rpc.types import Message, Part
 from overlay.stream import Stream
@@ -273,6 +276,79 @@ def test_a_call_that_waits_its_turn_is_not_lost(model: Path, monkeypatch: pytest
         await calling
         assert field.swarm.blamed == []
         assert len(server.device.jobs) == 1
+
+    run(model, work)
+
+
+def answering_for_ever(field: Field, server: Server, begun: Callable[[int], object]) -> None:
+    """Let ``server`` say how far it is, and nothing else."""
+    host = server.node.host
+    host.unserve(TENSORS_PROTOCOL)
+
+    async def serve(stream: Stream) -> None:
+        channel = MessageChannel(stream, host.identity)
+        request = await channel.receive()
+        header = {"nonce": request.header["nonce"], "call": request.header["call"], "of": 1}
+        with contextlib.suppress(PeerdError):
+            for said in itertools.count():
+                await channel.send_and_drain(Message(calls.PROGRESS, {**header, "begun": begun(said)}))
+                await asyncio.sleep(0.02)
+
+    host.serve(TENSORS_PROTOCOL, serve)
+
+
+def test_a_turn_that_never_comes_is_waited_for_elsewhere_and_nobody_is_blamed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+    monkeypatch.setattr(remote, "CALL_TURN_S", 0.3)
+
+    async def work(field: Field) -> None:
+        crowded, spare = await field.server(0, 4), await field.server(0, 4)
+        field.swarm.records[0] = replace(crowded.record, prefill_s=1e-6)
+        answering_for_ever(field, crowded, lambda said: 0)
+        for _ in range(2):
+            output, _ = await field.caller.forward(field.model, WHOLE, field.batch(), wait_s=0.05)
+            assert any(data(output))
+        assert spare.device.jobs
+        assert field.swarm.blamed == [] and field.caller.servers_lost == 0
+
+    run(model, work)
+
+
+def test_a_turn_that_never_comes_anywhere_ends_the_call_in_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    for name in ("AVOID_S", "BUSY_S"):
+        monkeypatch.setattr(caller_module, name, 0.02)
+    monkeypatch.setattr(remote, "CALL_TURN_S", 0.2)
+
+    async def work(field: Field) -> None:
+        crowded = await field.server(0, 4)
+        answering_for_ever(field, crowded, lambda said: 0)
+        with pytest.raises(CallFault, match="others before this call") as caught:
+            await field.caller.forward(field.model, WHOLE, field.batch(), wait_s=0.1)
+        assert caught.value.retryable
+        assert field.swarm.blamed == []
+
+    run(model, work)
+
+
+@pytest.mark.parametrize(
+    "begun", [lambda said: said, lambda said: 1 << 60, lambda said: True], ids=["more", "most", "yes"]
+)
+def test_a_server_that_only_says_that_it_moves_is_lost(
+    model: Path, monkeypatch: pytest.MonkeyPatch, begun: Callable[[int], object]
+) -> None:
+    impatient(monkeypatch)
+
+    async def work(field: Field) -> None:
+        liar, spare = await field.server(0, 4), await field.server(0, 4)
+        field.swarm.records[0] = replace(liar.record, prefill_s=1e-6)
+        answering_for_ever(field, liar, begun)
+        await field.caller.forward(field.model, WHOLE, field.batch())
+        await field.caller.forward(field.model, WHOLE, field.batch())
+        assert spare.device.jobs
+        assert field.swarm.blamed == [(liar.peer, "stalled")]
 
     run(model, work)
 
