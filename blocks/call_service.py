@@ -318,10 +318,14 @@ def _joined(work: _Work) -> tuple[Part, Part | None]:
     return joined("hidden", hidden), summed("prompts", prompts) if prompts else None
 
 
+_CODE_OF = {"busy": "busy", "not-served": "not-served", "unsupported-model": "unsupported"}
+"""What a device's errors are called on the wire; any other is ours."""
+
+
 def _fault_of(error: PeerdError | None) -> CallFault:
     if error is None:
         return CallFault("failed", "The device gave no result.")
-    code = error.code if error.code in ("busy", "not-served", "unsupported") else "failed"
+    code = _CODE_OF.get(error.code, "failed")
     return CallFault(code, str(error)[:REASON_CHARS], BUSY_RETRY_S if code == "busy" else None)
 
 

@@ -202,6 +202,7 @@ def _checked(span: Span, given: Sequences) -> tuple[int, int]:
     for name, tensor in (("mask", given.mask), ("positions", given.positions)):
         if tensor is not None and tuple(tensor.shape) != (rows, tokens):
             raise ValueError(f"the {name} is {tuple(tensor.shape)} for {rows} rows of {tokens} tokens")
+    _check_rope(span, tokens, given.positions)
     if tokens > span.max_positions:
         raise ValueError(f"{tokens} tokens are more than the model's {span.max_positions}")
     if (
@@ -216,3 +217,12 @@ def _checked(span: Span, given: Sequences) -> tuple[int, int]:
                 f"prompts of {tuple(given.prompts.shape)} for {len(span.modules)} blocks and {tokens} tokens"
             )
     return rows, tokens
+
+
+def _check_rope(span: Span, tokens: int, positions: torch.Tensor | None) -> None:
+    """Past its original length such an embedding follows the longest row of a batch, and one kind keeps that for the next batch."""
+    reach = tokens if positions is None else max(tokens, int(positions.max()) + 1)
+    if span.has_stateful_rope and reach > span.max_positions:
+        raise UnsupportedModel(
+            f"A row reaches position {reach}; past {span.max_positions}, this model's rotary embedding makes rows depend on each other."
+        )

@@ -57,7 +57,7 @@ class Span:
         width = config.get_text_config(decoder=True).hidden_size
         self.boundary = (BoundaryTensor("hidden", width, dtype),)
         self.rollback_tokens: int | None = None  # everything: caches keep the past of sliding windows too
-        self._has_stateful_rope = rope_kind(config.to_dict()) in STATEFUL_ROPES
+        self.has_stateful_rope = rope_kind(config.to_dict()) in STATEFUL_ROPES
         self._windows = layer_windows(config)
         self._blocks = install_stations(anatomy)[start:end]
         self._planner = Planner(anatomy, width, self.dtype, self.device)
@@ -90,7 +90,7 @@ class Span:
                 (self.start, self.end),
                 self._windows,
                 self.new_cache,
-                tables=not self._has_stateful_rope,
+                tables=not self.has_stateful_rope,
                 limit=min(limit or self.max_positions, self.max_positions),
             )
             steps.prepare()

@@ -11,9 +11,13 @@ import pytest
 
 from blocks import call_service
 from blocks.call_service import TENSORS_PROTOCOL
+from blocks.engine.errors import ComputeFailed, DeviceBusy, NotLoaded
+from blocks.model.errors import UnsupportedModel
 from blocks.protocol import calls
 from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import CallRequest
+from blocks.protocol.device import JobResult
+from overlay.errors import PeerdError
 from overlay.rpc.channel import MessageChannel
 from overlay.stream import Stream
 from peerd.calls.remote import call_remote
@@ -135,5 +139,34 @@ def test_a_second_request_on_a_stream_ends_it_and_cancels_the_first(model: Path)
         channel.send(fresh)
         await until(lambda: stream.error is not None)
         await until(lambda: server.service.bytes_reserved == 0 and not server.service._work)
+
+    run(model, work)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retryable"),
+    [
+        (UnsupportedModel("no gradients here"), "unsupported", False),
+        (DeviceBusy("full"), "busy", True),
+        (NotLoaded("gone"), "not-served", True),
+        (ComputeFailed("broken"), "failed", True),
+    ],
+    ids=str,
+)
+def test_a_devices_error_reaches_the_caller_under_its_code(
+    model: Path, error: PeerdError, code: str, retryable: bool
+) -> None:
+    async def work(field: Field, server: Server) -> None:
+        server.device.is_open = False
+        asked = asyncio.ensure_future(
+            call_remote(field.client.host, server.peer, server.record.addresses, backward_of(field))
+        )
+        await until(lambda: bool(server.device.held))
+        ((job, done),) = server.device.held
+        done(JobResult(job, error=error))
+        with pytest.raises(CallFault, match=str(error)) as caught:
+            await asked
+        assert (caught.value.code, caught.value.retryable) == (code, retryable)
+        await until(lambda: server.service.bytes_reserved == 0)
 
     run(model, work)

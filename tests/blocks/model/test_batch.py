@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from blocks.model import batch
 from blocks.model.architecture import find_blocks
 from blocks.model.batch import Gradients, Sequences
+from blocks.model.errors import UnsupportedModel
 from blocks.model.exact import Reference
 from blocks.model.source import ModelSource, resolve
 from blocks.model.span import Span, load_span
@@ -254,3 +256,42 @@ def test_a_gradient_of_another_shape_is_refused(source: ModelSource) -> None:
     span = load_span(source, 0, BLOCKS, prepare_steps=False)
     with pytest.raises(ValueError, match="gradient"):
         batch.backward(span, sequences(width=64), made(ROWS, TOKENS - 1, 64))
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [4.0, 5.0, 6.0, 7.0],
+    },
+}
+CONTEXTS = {"dynamic": 16, "longrope": 64}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_rotary_embedding_that_follows_the_longest_row_is_refused_past_its_original_length(
+    kind: str, tmp_path: Path
+) -> None:
+    fields = {"rope_parameters": ROPES[kind], "max_position_embeddings": CONTEXTS[kind]}
+    source = resolve(str(make_tiny("llama", tmp_path / kind, **fields)))
+    span = load_span(source, 0, BLOCKS, prepare_steps=False)
+    model = Reference.load(source).model
+    local = Local(source, model, list(find_blocks(model, BLOCKS).blocks))
+    given = sequences(LEFT, prompts=True)
+    expected, hidden, _ = local.run(given)
+    grad = output_gradient(given)
+    (of_hidden,) = torch.autograd.grad(expected, hidden, grad)
+    long = Sequences(made(ROWS, 17, WIDTH))
+    far = Sequences(given.hidden, positions=torch.arange(5, 5 + TOKENS, dtype=torch.int32).expand(ROWS, -1))
+    for wrong in (long, far):
+        with pytest.raises(UnsupportedModel, match="past 16"):
+            batch.forward(span, wrong)
+        with pytest.raises(UnsupportedModel, match="past 16"):
+            batch.backward(span, wrong, wrong.hidden)
+    counts = torch.tensor(LEFT).bool()
+    assert error(batch.forward(span, given)[counts], expected[counts]) < 1e-5  # nothing of the refused ones is left
+    assert error(batch.backward(span, given, grad).hidden, of_hidden) < 1e-5
