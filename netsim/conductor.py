@@ -29,6 +29,8 @@ ACTIONS: Mapping[str, Action] = {
     "restart": lambda world, machine, moment: world.restart(machine, moment.keep_state),
     "freeze": lambda world, machine, moment: world.freeze(machine),
     "thaw": lambda world, machine, moment: world.thaw(machine),
+    "sleep": lambda world, machine, moment: world.sleep(machine),
+    "wake": lambda world, machine, moment: world.wake(machine),
     "clock-step": lambda world, machine, moment: world.step_clock(machine, moment.amount),
     "slow": lambda world, machine, moment: world.slow(machine, moment.amount),
     "fill-disk": lambda world, machine, moment: world.fill_disk(machine, True),
@@ -63,6 +65,11 @@ class Conductor:
             self._partitions[moment.amount] = number
         elif moment.action == "heal":
             world.heal(self._partitions.pop(moment.amount))
+        elif moment.action == "reset":
+            world.reset(moment.hosts, moment.others)
+        elif moment.action in ("degrade", "restore"):
+            factor = moment.amount if moment.action == "degrade" else 1.0
+            world.degrade(moment.hosts, moment.others, factor or 1.0, moment.loss, both_ways=not moment.one_way)
         else:
             for name in moment.hosts:
                 ACTIONS[moment.action](world, world.machines[name], moment)

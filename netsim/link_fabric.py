@@ -65,6 +65,12 @@ class Fabric:
     def heal(self, partition: int) -> None:
         self._network.cuts[:] = []
 
+    def set_path(self, source: str, target: str, path: Path) -> None:
+        self._network.paths[source, target] = path
+
+    def reset(self, one: str, other: str) -> None:
+        self._network.cut(self._network.addresses[one], self._network.addresses[other])
+
     def process_died(self, name: str) -> None:
         self._network.kill(self._network.addresses[name])
 
@@ -80,11 +86,12 @@ class _PathedNetwork(Network):
         super().__init__(trace)
         self.names: dict[str, str] = {}
         self.addresses: dict[str, str] = {}
+        self.paths: dict[tuple[str, str], Path] = {}
         self.cuts: list[tuple[frozenset[str], frozenset[str]]] = []
         self.choose: Callable[[str, str], Path] = lambda source, target: Path()
 
     def options(self, source: str, target: str) -> LinkOptions:
         one, other = self.names.get(source, source), self.names.get(target, target)
-        path = self.choose(one, other)
+        path = self.paths.get((one, other)) or self.choose(one, other)
         cut = any(one in sources and other in targets for sources, targets in self.cuts)
         return LinkOptions(path.delay_s, path.bytes_per_s, None, path.is_black_hole or cut)

@@ -79,6 +79,8 @@ class Disk:
         self._platter: dict[str, bytes] = {}
         self._cache: dict[str, tuple[float, bytes]] = {}
         self.is_full = False
+        self.number = 1
+        """How many disks this machine has had: a wiped one is another."""
 
     def read(self, name: str) -> bytes | None:
         cached = self._cache.get(name)
@@ -100,7 +102,8 @@ class Disk:
         self._cache.clear()
 
     def wipe(self) -> None:
-        """Back to an empty disk."""
+        """Another disk, an empty one."""
+        self.number += 1
         self._platter.clear()
         self._cache.clear()
 

@@ -95,9 +95,15 @@ def run_seed(
     seed: int,
     on_progress: OnProgress | None = None,
     on_line: Callable[[str], None] | None = None,
+    *,
+    is_timed: bool = True,
 ) -> Outcome:
-    """Run it in this thread, in a loop of its own. ``on_line`` hears every line of the trace and of the log."""
+    """Run it in this thread, in a loop of its own. ``on_line`` hears every line of the trace and of the log.
+
+    With ``is_timed`` false it may take as many real seconds as it likes.
+    """
     run = _Run(prepared, seed, on_progress, on_line)
+    run.is_timed = is_timed
     handler = _LogToTrace(run, logging.INFO if on_line else logging.WARNING)
     root = logging.getLogger()
     level = root.level
@@ -126,7 +132,7 @@ class _LogToTrace(logging.Handler):
         text = f"{record.levelname} {record.name}: {record.getMessage()}"
         if record.exc_info and record.exc_info[1] is not None:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= logging.ERROR or record.exc_info:
             self._run.fail(HOST.get(), text)
         else:
             self._run.trace.note(HOST.get(), text)
@@ -144,6 +150,7 @@ class _Run:
         self.trace = Trace(self.loop.time)
         self.trace.listener = on_line
         self.metrics = Metrics()
+        self.is_timed = True
         self._on_progress = on_progress
         self._world: World | None = None
         self._early_failures: list[str] = []
@@ -157,8 +164,17 @@ class _Run:
     async def main(self) -> None:
         scenario = self.prepared.scenario
         fabric = Fabric(self.trace, generator(self.seed, "fabric"))
-        fabric.set_default(_chosen_path(scenario.links, self.seed))
-        world = self._world = World(self.seed, self.loop, fabric, self.trace, is_noise=scenario.is_noise)
+        choose_path = _chosen_path(scenario.links, self.seed)
+        fabric.set_default(choose_path)
+        world = self._world = World(
+            self.seed,
+            self.loop,
+            fabric,
+            self.trace,
+            choose_path,
+            is_noise=scenario.is_noise,
+            expected_errors=scenario.expected_errors,
+        )
         self._add_hosts(world)
         workload = self.prepared.workload(world, self.prepared.settings, self.metrics)
         conductor = Conductor(world, plan(scenario, lambda purpose: generator(self.seed, purpose)))
@@ -170,10 +186,12 @@ class _Run:
                 await _first_end(tasks[0], failed, *tasks[1:])
         except TimeoutError:
             self.trace.add("run", "", "the time is over")
+            if not scenario.endless:
+                world.fail("", f"the workload wasn't done after {scenario.duration_s:g} virtual seconds")
         finally:
             await _cancelled(*tasks, failed)
         self._note_end(world)
-        await world.close()
+        world.close()
 
     def _add_hosts(self, world: World) -> None:
         links = self.prepared.scenario.links
@@ -206,7 +224,7 @@ class _Run:
             if self.loop.failures:
                 world.failed.set()
             took_s = time.process_time() - self._began_s
-            if took_s > REAL_S_GIVEN_UP * scenario.real_s_max:
+            if self.is_timed and took_s > REAL_S_GIVEN_UP * scenario.real_s_max:
                 world.fail("", f"given up after {took_s:.0f} s; it was given {scenario.real_s_max:.0f}")
 
     def _note_end(self, world: World) -> None:
@@ -261,8 +279,11 @@ class _Run:
             found.append(f"the workload measures what its METRICS don't name: {', '.join(unknown)}")
         if self.metrics.dropped:
             found.append(f"{self.metrics.dropped} observations were more than are kept")
-        if real_s > self.prepared.scenario.real_s_max:
-            found.append(f"took {real_s:.1f} s of a core; it was given {self.prepared.scenario.real_s_max:g}")
+        scenario = self.prepared.scenario
+        if self.is_timed and real_s > scenario.real_s_max:
+            found.append(f"took {real_s:.1f} s of a core; it was given {scenario.real_s_max:g}")
+        if scenario.rss_mib_max is not None and peak_rss_mib() > scenario.rss_mib_max:
+            found.append(f"took {peak_rss_mib():,.0f} MiB; it was given {scenario.rss_mib_max:,.0f}")
         return found
 
     def _checked(self, metric: str, numbers: Mapping[str, float]) -> Checked:

@@ -6,20 +6,25 @@ workloads and peers want to be told is theirs: their settings stay tables here, 
 
 from __future__ import annotations
 
+import runpy
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from netsim.tables import TableError, read_table
+from netsim.nat import NatKind
+from netsim.tables import TableError, did_you_mean, read_table
 
 HOSTS_AT_MOST = 20_000
+DOUBLE_NAT = "double"
+"""A home router behind a carrier's; both port-restricted."""
+NATS = (*(kind.value for kind in NatKind), DOUBLE_NAT)
 REAL_NOISE_HOSTS_AT_MOST = 100
 """Up to so many hosts the default channel is Noise; above, the null channel."""
 FaultKind = Literal[
-    "kill", "power-off", "stop", "restart", "freeze", "thaw", "partition", "clock-step", "slow",
-    "fill-disk", "fill-memory", "lie",
+    "kill", "power-off", "stop", "restart", "freeze", "thaw", "sleep", "wake", "partition", "reset", "degrade",
+    "clock-step", "slow", "fill-disk", "fill-memory", "lie",
 ]  # fmt: skip
 
 
@@ -57,6 +62,8 @@ class HostGroup:
         _need(self.count >= 1, "count", "has to be 1 or more")
         _need_range(self.start_s, "start_s", 0.0)
         _need(self.clock_skew_s[0] <= self.clock_skew_s[1], "clock_skew_s", "has to rise")
+        for kind in self.nat:
+            _need(kind in NATS, f"nat.{kind}", f"is no kind of NAT; {did_you_mean(kind, NATS)}")
         _need(all(share >= 0 for share in self.nat.values()), "nat", "has no negative shares")
         _need(not self.nat or abs(sum(self.nat.values()) - 1) < 1e-6, "nat", "has shares that sum to 1")
         for key in ("uplink_mbit", "downlink_mbit"):
@@ -96,27 +103,41 @@ class Churn:
     leaves_per_hour: float
     """Of one host that is there; the times between are exponential."""
     clean: float = 0.0
-    """Shares of how they leave: asked to stop; killed; without power; frozen."""
+    """Shares of how they leave: asked to stop; killed; without power; stopped by a signal; lid closed."""
     crash: float = 0.0
     vanish: float = 0.0
     freeze: float = 0.0
+    sleep: float = 0.0
     back_after_s: tuple[float, float] = (30.0, 600.0)
     state_lost: float = 0.0
-    """The share of those that come back with an empty disk (never of those that were frozen)."""
+    """The share of those that come back with an empty disk (never of those that stood still)."""
     from_s: float = 0.0
     until_s: float | None = None
 
     def __post_init__(self) -> None:
         _need(bool(self.groups), "groups", "has to name a group")
         _need(self.leaves_per_hour > 0, "leaves_per_hour", "has to be over 0")
-        shares = (self.clean, self.crash, self.vanish, self.freeze)
+        shares = (self.clean, self.crash, self.vanish, self.freeze, self.sleep)
         _need(
-            min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6, "clean", "with crash, vanish and freeze has to sum to 1"
+            min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6,
+            "clean",
+            "with crash, vanish, freeze and sleep has to sum to 1",
         )
         _need_range(self.back_after_s, "back_after_s", 0.0)
         _need(0 <= self.state_lost <= 1, "state_lost", "has to be a share")
         _need(self.from_s >= 0, "from_s", "has to be 0 or more")
         _need(self.until_s is None or self.until_s > self.from_s, "until_s", "has to be after from_s")
+
+
+_ONLY_FOR = {
+    "others": ("partition", "reset", "degrade"),
+    "one_way": ("partition", "degrade"),
+    "seconds": ("clock-step",),
+    "factor": ("slow", "degrade"),
+    "loss": ("degrade",),
+    "how": ("lie",),
+}
+_MOMENTARY = ("restart", "thaw", "wake", "reset", "clock-step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +153,9 @@ class Fault:
     names: tuple[str, ...] = ()
     """Hosts by name, in place of ``hosts``."""
     others: str = ""
-    """Partition: the group on the other side; everybody else where it is left out."""
+    """Partition, reset, degrade: the group on the other side; everybody else where it is left out."""
     one_way: bool = False
-    """Partition: only what the chosen hosts send is lost."""
+    """Partition, degrade: only what the chosen hosts send."""
     for_s: float | None = None
     """After so long it is undone: started again, thawed, healed, and so on."""
     every_s: float | None = None
@@ -142,7 +163,9 @@ class Fault:
     seconds: float | None = None
     """Clock steps."""
     factor: float | None = None
-    """Slow devices."""
+    """Slow devices; degraded paths: so many times the delay."""
+    loss: float | None = None
+    """Degraded paths."""
     how: str = ""
     """Lies."""
     keep_state: bool = True
@@ -163,20 +186,16 @@ class Fault:
         _need((self.every_s is None) == (self.until_s is None), "every_s", "and until_s go together")
 
     def _check_kind(self) -> None:
-        only = (
-            ("others", "partition"),
-            ("one_way", "partition"),
-            ("seconds", "clock-step"),
-            ("factor", "slow"),
-            ("how", "lie"),
-        )
-        for key, kind in only:
-            _need(not getattr(self, key) or self.kind == kind, key, f"belongs to {kind!r}, not to {self.kind!r}")
+        for key, kinds in _ONLY_FOR.items():
+            sentence = f"belongs to {' and '.join(kinds)}, not to {self.kind}"
+            _need(not getattr(self, key) or self.kind in kinds, key, sentence)
         _need(self.kind != "clock-step" or self.seconds is not None, "seconds", "is missing")
         _need(self.kind != "slow" or (self.factor or 0) > 0, "factor", "has to be over 0")
+        _need(self.kind != "degrade" or bool(self.factor or self.loss), "factor", "or loss is missing")
+        _need(self.factor is None or self.factor > 0, "factor", "has to be over 0")
+        _need(self.loss is None or 0 <= self.loss < 1, "loss", "has to be a share")
         _need(self.kind != "lie" or bool(self.how), "how", "is missing")
-        lasting = self.kind not in ("restart", "thaw", "clock-step")
-        _need(self.for_s is None or lasting, "for_s", f"has no meaning for {self.kind!r}")
+        _need(self.for_s is None or self.kind not in _MOMENTARY, "for_s", f"has no meaning for {self.kind}")
         _need(
             self.keep_state or self.kind in ("kill", "power-off", "stop", "restart"), "keep_state", "goes with starts"
         )
@@ -219,6 +238,12 @@ class Scenario:
     channel: Literal["", "null", "noise"] = ""
     """What secures connections; chosen by the number of hosts where it is left out."""
     real_s_max: float = 120.0
+    """Of one core's time; over it is a failure."""
+    rss_mib_max: float | None = None
+    endless: bool = False
+    """Whether the workload goes on until the duration is over; another's not returning by then is a failure."""
+    expected_errors: tuple[str, ...] = ()
+    """Parts of errors that are no failures here: of what peers log, and of what they end with."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     links: Links = field(default_factory=Links)
     churn: Churn | None = None
@@ -238,6 +263,8 @@ class Scenario:
         _need(bool(self.about.strip()), "about", "has to say what this shows")
         _need(self.duration_s > 0, "duration_s", "has to be over 0")
         _need(self.real_s_max > 0, "real_s_max", "has to be over 0")
+        _need(self.rss_mib_max is None or self.rss_mib_max > 0, "rss_mib_max", "has to be over 0")
+        _need(all(self.expected_errors), "expected_errors", "can't be empty texts")
         _need(bool(self.hosts), "hosts", "has to have a group")
         _need(bool(self.checks), "checks", "has to bound something: a run that checks nothing shows nothing")
         _need(self.host_count <= HOSTS_AT_MOST, "hosts", f"has more than {HOSTS_AT_MOST} hosts")
@@ -267,8 +294,13 @@ def parse_scenario(text: str, file: str) -> Scenario:
 
 
 def load_scenario(path: Path) -> Scenario:
-    """Read a file. Raises ScenarioError."""
+    """Read a file; of a Python file, which is run, it is what it calls ``SCENARIO``. Raises ScenarioError."""
     try:
+        if path.suffix == ".py":
+            told = runpy.run_path(str(path)).get("SCENARIO")
+            if not isinstance(told, Scenario):
+                raise ScenarioError(f"{path}: SCENARIO is no Scenario")
+            return replace(told, name=path.stem)
         return parse_scenario(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TableError) as error:
         raise ScenarioError(f"{path}: can't be read ({error})") from error

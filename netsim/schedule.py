@@ -19,6 +19,8 @@ UNDONE_BY = {
     "power-off": "start",
     "stop": "start",
     "freeze": "thaw",
+    "sleep": "wake",
+    "degrade": "restore",
     "slow": "slow",
     "fill-disk": "free-disk",
     "fill-memory": "free-memory",
@@ -26,6 +28,8 @@ UNDONE_BY = {
     "partition": "heal",
 }
 """What ends each fault that can last."""
+BETWEEN_HOSTS = ("partition", "reset", "degrade")
+"""Faults of the paths between the chosen hosts and others."""
 
 
 class Draws(Protocol):
@@ -49,10 +53,11 @@ class Moment:
     action: str
     hosts: tuple[str, ...]
     others: tuple[str, ...] = ()
-    """The other side of a partition."""
+    """The other side of a partition, a reset, a degraded path."""
     one_way: bool = False
     amount: float = 0.0
-    """Seconds of a clock step, factor of a slow device, number of a partition among the run's."""
+    """Seconds of a clock step, factor of a slow device or of a delay (0: as it is), number of a partition among the run's."""
+    loss: float = 0.0
     how: str = ""
     keep_state: bool = True
 
@@ -92,8 +97,8 @@ def plan(scenario: Scenario, generator: Generator) -> tuple[Moment, ...]:
 
 
 def _plan_churn(planned: _Plan, churn: Churn, name: str, at_s: float, end_s: float, draws: Draws) -> None:
-    ways = ("stop", "kill", "power-off", "freeze")
-    shares = (churn.clean, churn.crash, churn.vanish, churn.freeze)
+    ways = ("stop", "kill", "power-off", "freeze", "sleep")
+    shares = (churn.clean, churn.crash, churn.vanish, churn.freeze, churn.sleep)
     until_s = end_s if churn.until_s is None else min(end_s, churn.until_s)
     while True:
         at_s += draws.expovariate(churn.leaves_per_hour / SECONDS_PER_HOUR)
@@ -103,7 +108,7 @@ def _plan_churn(planned: _Plan, churn: Churn, name: str, at_s: float, end_s: flo
         planned.add(Moment(at_s, way, (name,)))
         at_s += draws.uniform(*churn.back_after_s)
         keeps = draws.random() >= churn.state_lost
-        planned.add(Moment(at_s, UNDONE_BY[way], (name,), keep_state=keeps or way == "freeze"))
+        planned.add(Moment(at_s, UNDONE_BY[way], (name,), keep_state=keeps or way in ("freeze", "sleep")))
 
 
 def _plan_fault(planned: _Plan, scenario: Scenario, fault: Fault, draws: Draws) -> None:
@@ -113,18 +118,30 @@ def _plan_fault(planned: _Plan, scenario: Scenario, fault: Fault, draws: Draws) 
         hosts = _chosen(scenario, fault, draws)
         amount = fault.seconds or fault.factor or 0.0
         others: tuple[str, ...] = ()
+        if fault.kind in BETWEEN_HOSTS:
+            chosen = set(hosts)
+            groups = (fault.others,) if fault.others else tuple(scenario.hosts)
+            others = tuple(name for group in groups for name in names_of(scenario, group) if name not in chosen)
         if fault.kind == "partition":
             planned.partitions += 1
             amount = float(planned.partitions)
-            groups = (fault.others,) if fault.others else tuple(scenario.hosts)
-            others = tuple(name for group in groups for name in names_of(scenario, group) if name not in hosts)
         planned.add(
-            Moment(at_s, fault.kind, hosts, others, fault.one_way, amount, fault.how, keep_state=fault.keep_state)
+            Moment(
+                at_s, fault.kind, hosts, others, fault.one_way, amount, fault.loss or 0.0, fault.how, fault.keep_state
+            )
         )
         if fault.for_s is not None:
             undone = amount if fault.kind == "partition" else 1.0
             planned.add(
-                Moment(at_s + fault.for_s, UNDONE_BY[fault.kind], hosts, amount=undone, keep_state=fault.keep_state)
+                Moment(
+                    at_s + fault.for_s,
+                    UNDONE_BY[fault.kind],
+                    hosts,
+                    others,
+                    fault.one_way,
+                    undone,
+                    keep_state=fault.keep_state,
+                )
             )
         if fault.every_s is None:
             return

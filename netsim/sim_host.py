@@ -34,6 +34,9 @@ class State(Enum):
     STOPPING = "stopping"
     """Asked to stop, and still at it."""
     FROZEN = "frozen"
+    """SIGSTOP: the process stands still, the kernel goes on."""
+    ASLEEP = "asleep"
+    """A closed lid: nothing of the machine goes on."""
     DARK = "dark"
     """Without power."""
 
@@ -51,6 +54,13 @@ class SimHost:
     transport: SimTransport
     condition: Condition
     world: World
+    over: asyncio.Future[None]
+    """Done when this incarnation is over."""
+
+    @property
+    def disk_number(self) -> int:
+        """Which of this machine's disks it has: another after each loss of its state. For those who keep real files."""
+        return self.world.machines[self.name].disk.number
 
     @property
     def listen_address(self) -> Multiaddr:
@@ -82,14 +92,19 @@ class Machine:
     host: SimHost | None = None
     peer: Peer | None = None
     """What runs now; None before it was made and after it ended."""
-    life: asyncio.Task[None] | None = None
+    sleep_number: int = 0
+    """The partition that a closed lid is."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while nothing of ours runs here."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether a process is there: running, stopping or frozen."""
-        return self.state in (State.RUNNING, State.STOPPING, State.FROZEN)
+        """Whether a process is there: running, stopping, frozen or asleep."""
+        return self.state in (State.RUNNING, State.STOPPING, State.FROZEN, State.ASLEEP)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.state is State.STOPPING
 
     def boot(self, world: World, clock: Callable[[], float], transport: Transport) -> SimHost:
         """The next incarnation's view of the world."""
@@ -97,8 +112,8 @@ class Machine:
         storage, guarded = SimStorage(self.disk), SimTransport(transport)
         seed = f"{world.seed} {self.name}#{self.incarnation} ports"
         ports = Ports(SimClock(clock), self.wall_clock, SimRandomness(seed), (guarded,), storage)
-        self.host = SimHost(
-            self.name, self.address, self.group, self.incarnation, ports, storage, guarded, self.condition, world
+        over = world.loop.create_future()
+        self.host = host = SimHost(
+            self.name, self.address, self.group, self.incarnation, ports, storage, guarded, self.condition, world, over
         )
-        return self.host
-
+        return host

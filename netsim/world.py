@@ -1,7 +1,8 @@
 """The machines of a run and what happens to them: starts, kills, power cuts, freezes, restarts, wrong clocks, full disks.
 
 Owns the life of every peer (this is the supervision point: an exception out of one fails the run) and the seeded generators.
-A kill is: nothing the process does reaches anybody any more, and only then is it cancelled. Knows no workload, and of peers only
+A killed process stands still for ever: nothing of it runs again, its clean-up neither. What befalls a machine befalls it from
+outside, never in the middle of its own callback. Knows no workload, and of peers only
 what `netsim.peers.Peer` says.
 """
 
@@ -10,23 +11,28 @@ from __future__ import annotations
 import asyncio
 import random  # noqa: TID251 - seeded generators, never the global one
 import traceback
-from collections.abc import Collection, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from netsim.link_fabric import Card, Fabric
-from netsim.loop import VirtualLoop
+from netsim.link_fabric import Card, Fabric, Path
+from netsim.loop import HOST, VirtualLoop
+from netsim.nat import NatBox
 from netsim.peers import peer_class
 from netsim.ports import Disk, SimWallClock
-from netsim.sim_host import Machine, SimHost, State
+from netsim.sim_host import LISTEN_PORT, Machine, SimHost, State
 from netsim.trace import Trace
 
 __all__ = ["Failure", "HostDied", "Machine", "SimHost", "State", "World", "generator"]
 
-CLEAN_UP_S_MAX = 120.0
-"""Virtual seconds in which everything of a killed process must have ended."""
+CLEAN_UP_S_MAX = 60.0
+"""Virtual seconds in which what a stopped peer left running must have ended, once cancelled."""
+EXECUTOR_DELAY_S = (0.0, 0.002)
+"""What a job waits for its thread."""
 FAILURES_AT_MOST = 16
 Result = TypeVar("Result")
+ChoosePath = Callable[[str, str], Path]
+"""The path from one host to another, as the scenario draws it."""
 
 
 class HostDied(Exception):
@@ -49,8 +55,19 @@ def generator(seed: int, purpose: str) -> random.Random:
 class World:
     """See the module. Everything is for the loop's thread."""
 
-    def __init__(self, seed: int, loop: VirtualLoop, fabric: Fabric, trace: Trace, *, is_noise: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        loop: VirtualLoop,
+        fabric: Fabric,
+        trace: Trace,
+        choose_path: ChoosePath,
+        *,
+        is_noise: bool = True,
+        expected_errors: Sequence[str] = (),
+    ) -> None:
         self.seed = seed
+        self.choose_path = choose_path
         self.is_noise = is_noise
         """Whether peers are to run the real handshake, or the null channel."""
         self.loop = loop
@@ -59,10 +76,11 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.failures: list[Failure] = []
         self.failed = asyncio.Event()
+        self._expected_errors = tuple(expected_errors)
         self._started_at = loop.time()
         self._generators: dict[str, random.Random] = {}
         self._groups: dict[str, list[Machine]] = {}
-        self._burials = 0
+        loop.executor_delay_s = lambda host: self.random(f"{host} threads").uniform(*EXECUTOR_DELAY_S)
 
     @property
     def now_s(self) -> float:
@@ -112,22 +130,26 @@ class World:
         found = self.machines.values() if group is None else self.group(group)
         return [machine for machine in found if machine.state is State.RUNNING]
 
-    async def on(self, machine: Machine, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run ``work`` as that machine's process would. Raises HostDied, and whatever ``work`` raises."""
+    def spawn(self, machine: Machine, work: Coroutine[Any, Any, Result], name: str = "asked") -> asyncio.Task[Result]:
+        """Start ``work`` as that machine's process would. Raises HostDied when none runs."""
         if not machine.is_alive:
             work.close()
             raise HostDied(machine.name)
         context = self.loop.context_of(machine.name)
-        task = self.loop.create_task(work, name=f"{machine.name} asked", context=context)
+        return self.loop.create_task(work, name=f"{machine.name} {name}", context=context)
+
+    async def on(self, machine: Machine, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run ``work`` as that machine's process would. Raises HostDied, and whatever ``work`` raises."""
+        task, host = self.spawn(machine, work), machine.host
+        waiting: list[asyncio.Future[Any]] = [task] if host is None else [task, host.over]
         try:
-            await asyncio.wait((task,))
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             task.cancel()
             raise
-        if task.cancelled():
+        if not task.done() or task.cancelled():
             raise HostDied(machine.name)
-        result: Result = task.result()
-        return result
+        return task.result()
 
     # --- what happens to them ---
 
@@ -137,37 +159,36 @@ class World:
             return False
         if machine.state is State.DARK:
             self.fabric.power_on(machine.name)
-        self.loop.forget(machine.name)  # ghosts of the last incarnation have their context, the new one another
+        self.loop.forget(machine.name)
         host = machine.boot(self, self.loop.time, self.fabric.transport(machine.name))
         self._set_state(machine, State.RUNNING, f"start {machine.incarnation}")
         machine.ended.clear()
-        machine.life = self.loop.create_task(
-            self._live(machine, host), name=f"{machine.name} life", context=self.loop.context_of(machine.name)
-        )
+        self.spawn(machine, self._live(machine, host), "life")
         return True
 
     def kill(self, machine: Machine) -> bool:
-        """SIGKILL: the kernel resets its connections. False when nothing runs."""
+        """SIGKILL: the kernel ends its connections. False when nothing runs."""
         if not machine.is_alive:
             return False
-        self.fabric.process_died(machine.name)
-        self._bury(machine, State.IDLE, "kill")
+        if not self._postponed(self.kill, machine):
+            self.fabric.process_died(machine.name)
+            self._over(machine, State.IDLE, "kill")
         return True
 
     def power_off(self, machine: Machine) -> bool:
         """The plug is pulled: nobody is told. False when it was dark already."""
         if machine.state is State.DARK:
             return False
-        self.fabric.power_off(machine.name)
-        machine.disk.power_cut()
-        if machine.is_alive:
-            self._bury(machine, State.DARK, "power-off")
-        else:
-            self._set_state(machine, State.DARK, "power-off")
+        if not self._postponed(self.power_off, machine):
+            self.fabric.power_off(machine.name)
+            machine.disk.power_cut()
+            self._over(machine, State.DARK, "power-off")
         return True
 
     def restart(self, machine: Machine, keep_state: bool = True) -> bool:
         """A new incarnation; what still runs is killed first."""
+        if self._postponed(self.restart, machine, keep_state):
+            return True
         self.kill(machine)
         if not keep_state:
             machine.disk.wipe()
@@ -178,18 +199,16 @@ class World:
         if machine.state is not State.RUNNING:
             return False
         self._set_state(machine, State.STOPPING, "stop")
-        if machine.peer is not None:
-            self.loop.call_soon(machine.peer.request_stop, context=self.loop.context_of(machine.name))
-        elif machine.life is not None:
-            machine.life.cancel()
+        self.loop.call_soon(self._request_stop, machine, machine.host, context=self.loop.context_of(machine.name))
         return True
 
     def freeze(self, machine: Machine) -> bool:
         """The process stands still; its kernel goes on. False when it isn't running."""
         if machine.state is not State.RUNNING:
             return False
-        self._set_state(machine, State.FROZEN, "freeze")
-        self.loop.freeze(machine.name)
+        if not self._postponed(self.freeze, machine):
+            self._set_state(machine, State.FROZEN, "freeze")
+            self.loop.freeze(machine.name)
         return True
 
     def thaw(self, machine: Machine) -> bool:
@@ -197,6 +216,26 @@ class World:
         if machine.state is not State.FROZEN:
             return False
         self._set_state(machine, State.RUNNING, "thaw")
+        self.loop.thaw(machine.name)
+        return True
+
+    def sleep(self, machine: Machine) -> bool:
+        """The lid is closed: the process stands still, and nothing reaches or leaves the machine. False when it isn't running."""
+        if machine.state is not State.RUNNING:
+            return False
+        if not self._postponed(self.sleep, machine):
+            self._set_state(machine, State.ASLEEP, "sleep")
+            others = [name for name in self.machines if name != machine.name]
+            machine.sleep_number = self.fabric.partition([machine.name], others)
+            self.loop.freeze(machine.name)
+        return True
+
+    def wake(self, machine: Machine) -> bool:
+        """The lid is opened. False when it wasn't asleep."""
+        if machine.state is not State.ASLEEP:
+            return False
+        self._set_state(machine, State.RUNNING, "wake")
+        self.fabric.heal(machine.sleep_number)
         self.loop.thaw(machine.name)
         return True
 
@@ -234,69 +273,85 @@ class World:
         self.fabric.heal(number)
         self.trace.add("fault", "", f"heal {number}")
 
+    def reset(self, ones: Collection[str], others: Collection[str]) -> None:
+        """Every connection between two sets of hosts is reset."""
+        self.trace.add("fault", "", f"reset {len(ones)} {len(others)}")
+        for one in ones:
+            for other in others:
+                self.fabric.reset(one, other)
+
+    def degrade(
+        self, sources: Collection[str], targets: Collection[str], factor: float, loss: float, *, both_ways: bool = True
+    ) -> None:
+        """Paths get so many times their delay, and lose at least ``loss``; factor 1 and loss 0 are as at first."""
+        self.trace.add("fault", "", f"degrade {len(sources)} {len(targets)} {factor!r} {loss!r} {both_ways}")
+        for source in sources:
+            for target in targets:
+                for one, other in ((source, target), (target, source))[: 2 if both_ways else 1]:
+                    path = self.choose_path(one, other)
+                    worse = replace(path, delay_s=path.delay_s * factor, loss=max(path.loss, loss))
+                    self.fabric.set_path(one, other, worse)
+
     # --- lives ---
+
+    def _postponed(self, act: Callable[..., object], *arguments: Any) -> bool:
+        """Whether this was called from within some host's callback: then ``act`` comes at the next turn, from outside."""
+        if not HOST.get():
+            return False
+        self.loop.call_soon(act, *arguments, context=self.loop.context_of(""))
+        return True
+
+    def _request_stop(self, machine: Machine, host: SimHost | None) -> None:
+        if machine.peer is not None and machine.host is host:
+            machine.peer.request_stop()
 
     async def _live(self, machine: Machine, host: SimHost) -> None:
         """One incarnation, from its first line to its end."""
+        reason = "ended"
         try:
-            machine.peer = peer = peer_class(machine.kind)(host, machine.settings)
-            await peer.run()
-            reason = "ended"
+            if not machine.is_stopping:  # else it was asked to stop before it began
+                machine.peer = peer = peer_class(machine.kind)(host, machine.settings)
+                await peer.run()
+                if not machine.is_stopping:
+                    self.fail(machine.name, "the peer ended by itself")
         except asyncio.CancelledError:
-            if machine.host is host and machine.state is not State.STOPPING:
-                self.fail(machine.name, "the peer was cancelled by something of its own")
-            reason = "cancelled"
+            self.fail(machine.name, "the peer was cancelled by something of its own")
         except Exception as error:  # noqa: BLE001 - the supervision point of a simulated process
-            self.fail(machine.name, _told(error))
             reason = type(error).__name__
+            self.fail(machine.name, _told(error))
+        await self._end_rest(machine)
+        self.loop.call_soon(self._exited, machine, host, reason, context=self.loop.context_of(""))
+
+    async def _end_rest(self, machine: Machine) -> None:
+        """As the end of `asyncio.run`: what the peer left running is cancelled, and has to end."""
+        mine = asyncio.current_task()
+        left = [task for task in self.loop.tasks_of(machine.name) if task is not mine]
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=CLEAN_UP_S_MAX)
+        names = ", ".join(task.get_name() for task in left if not task.done())
+        if names:
+            self.fail(machine.name, f"{CLEAN_UP_S_MAX:.0f} s after the end of the peer there still run: {names}")
+
+    def _exited(self, machine: Machine, host: SimHost, reason: str) -> None:
         if machine.host is host:
             self.fabric.process_died(machine.name)
-            self._leave(machine, State.IDLE, f"exit {reason}")
-            self._expect_end(machine, self.loop.tasks_of(machine.name))
+            self._over(machine, State.IDLE, f"exit {reason}")
 
-    def _leave(self, machine: Machine, state: State, why: str) -> None:
-        """The process is gone, as everybody else sees it."""
+    def _over(self, machine: Machine, state: State, why: str) -> None:
+        """After the fabric let go of it: nothing of the process runs again."""
+        self.loop.mute(machine.name)
+        if machine.state is State.ASLEEP:
+            self.fabric.heal(machine.sleep_number)
         host = machine.host
+        machine.host = machine.peer = None
+        self._set_state(machine, state, why)
+        machine.ended.set()
         if host is not None:
             host.storage.detach()
             host.transport.detach()
-        machine.host = machine.peer = machine.life = None
-        self._set_state(machine, state, why)
-        machine.ended.set()
-
-    def _bury(self, machine: Machine, state: State, why: str) -> None:
-        """After the fabric let go of it: detach the rest, cancel what ran, and see that it ends."""
-        was_frozen = machine.state is State.FROZEN
-        self._leave(machine, state, why)
-        tasks = self.loop.tasks_of(machine.name)
-        for task in tasks:
-            task.cancel()
-        if was_frozen:
-            self.loop.thaw(machine.name)
-        self._expect_end(machine, tasks)
-
-    def _expect_end(self, machine: Machine, tasks: Sequence[asyncio.Task[Any]]) -> None:
-        mine = asyncio.current_task()
-        left = [task for task in tasks if task is not mine and not task.done()]
-        if left:
-            self._burials += 1
-            nobody = self.loop.context_of("")
-            self.loop.call_later(
-                CLEAN_UP_S_MAX, self._look_at_grave, machine, machine.incarnation, left, context=nobody
-            )
-
-    def _look_at_grave(self, machine: Machine, incarnation: int, tasks: Sequence[asyncio.Task[Any]]) -> None:
-        self._burials -= 1
-        left = [task.get_name() for task in tasks if not task.done()]
-        if not left:
-            return
-        if machine.state is State.FROZEN:  # its ghosts stand still with it
-            self._expect_end(machine, tasks)
-        else:
-            number = f"{machine.name}#{incarnation}"
-            self.fail(
-                machine.name, f"{CLEAN_UP_S_MAX:.0f} s after the end of {number} there still run: {', '.join(left)}"
-            )
+            host.over.set_result(None)
 
     def _set_state(self, machine: Machine, state: State, why: str) -> None:
         machine.state = state
@@ -305,25 +360,18 @@ class World:
     # --- the end ---
 
     def fail(self, host: str, text: str) -> None:
-        """The run has failed, whatever its checks say."""
+        """The run has failed, whatever its checks say; unless the scenario names this error."""
         self.trace.note(host, text)
+        if any(expected in text for expected in self._expected_errors):
+            return
         if len(self.failures) < FAILURES_AT_MOST:
             self.failures.append(Failure(host, text))
         self.failed.set()
 
-    async def close(self) -> None:
-        """Kill everything and wait until it ended; nothing of it counts in the trace any more."""
-        lives: list[asyncio.Task[Any]] = []
+    def close(self) -> None:
+        """Kill everything: the run is over."""
         for machine in self.machines.values():
-            lives += self.loop.tasks_of(machine.name)
-            if machine.is_alive:
-                self.kill(machine)
-        pending = [task for task in lives if not task.done()]
-        if pending:
-            _, left = await asyncio.wait(pending, timeout=CLEAN_UP_S_MAX)
-            if left:
-                names = ", ".join(task.get_name() for task in pending if not task.done())
-                self.fail("", f"{CLEAN_UP_S_MAX:.0f} s after the end of the run there still run: {names}")
+            self.kill(machine)
 
 
 def _told(error: BaseException) -> str:
@@ -331,10 +379,7 @@ def _told(error: BaseException) -> str:
     return "".join(lines)
 
 
-def _addresses(index: int, nat: str) -> tuple[str, tuple[Any, ...]]:
+def _addresses(index: int, nat: str) -> tuple[str, tuple[NatBox, ...]]:
     """A host's own address and what it sits behind. Public ones lie in /16 networks of their own (20.0 to 99.255)."""
     public = f"{20 + index % 80}.{index // 80 % 256}.{1 + index // 20480}.1"
-    if nat == "open":
-        return public, ()
-    home = f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}"
-    raise NotImplementedError(home)
+    return site(nat, public, f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", LISTEN_PORT)
