@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -10,7 +11,9 @@ from typing import Any, TextIO
 from cli.terminal import can_draw, shown
 from peerd import exit_codes
 
-BAR_CHARS = 24
+BAR_CHARS, BAR_CHARS_MIN = 24, 4
+COLUMNS = 80
+"""Of a terminal that doesn't say."""
 PLAIN_EVERY_S = 5.0
 """Between two lines where the stream is no terminal."""
 EXIT_BY_STATE = {"done": exit_codes.OK, "failed": exit_codes.JOB_FAILED, "cancelled": exit_codes.JOB_FAILED}
@@ -29,7 +32,9 @@ class JobLines:
     def show(self, job: dict[str, Any]) -> None:
         """One document: drawn over the last on a terminal; else a line at every change of state, and every few seconds."""
         if self._live:
-            print(f"\r\x1b[K{progress_line(job, self._cells)}", end="", file=self._stream, flush=True)
+            # One column stays free: a full line would wrap, and what wrapped can't be drawn over.
+            line = progress_line(job, self._cells, _columns(self._stream) - 1)
+            print(f"\r\x1b[K{line}", end="", file=self._stream, flush=True)
             return
         now = time.monotonic()
         if job["state"] != self._state or now - self._told_at >= PLAIN_EVERY_S:
@@ -64,13 +69,26 @@ def follow(jobs: Iterable[dict[str, Any]], name: str, *, quiet: bool = False) ->
     return last
 
 
-def progress_line(job: dict[str, Any], cells: tuple[str, str]) -> str:
-    """A job in one line."""
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    except (OSError, ValueError):
+        return COLUMNS
+
+
+def progress_line(job: dict[str, Any], cells: tuple[str, str], columns: int | None = None) -> str:
+    """A job in one line; in at most ``columns`` characters, if given: the bar gives way first, then the end."""
     progress = job["progress"]
     step, steps = progress["step"], progress["steps"]
-    done = BAR_CHARS * step // steps if steps else 0
-    parts = [f"{cells[0] * done}{cells[1] * (BAR_CHARS - done)} {100 * step // steps if steps else 0:3d} %"]
-    parts.append(f"step {step}/{steps}")
+    figures = "  ".join([f"{100 * step // steps if steps else 0:3d} %", *_figures(job)])
+    most = BAR_CHARS if columns is None else min(BAR_CHARS, max(BAR_CHARS_MIN, columns - len(figures) - 1))
+    done = most * step // steps if steps else 0
+    return f"{cells[0] * done}{cells[1] * (most - done)} {figures}"[:columns]
+
+
+def _figures(job: dict[str, Any]) -> list[str]:
+    progress = job["progress"]
+    parts = [f"step {progress['step']}/{progress['steps']}"]
     if progress["loss"] is not None:
         parts.append(f"loss {progress['loss']:.3f}")
     if job["state"] == "running" and progress["tokens_per_s"] is not None:
@@ -79,8 +97,9 @@ def progress_line(job: dict[str, Any], cells: tuple[str, str]) -> str:
     parts += [counted(progress["skipped"], "step") + " skipped"] if progress["skipped"] else []
     parts += [counted(progress["server_losses"], "lost call") + " repeated"] if progress["server_losses"] else []
     if job["state"] != "running":
-        parts.append(job["state"] + (f": {shown(job['reason'])}" if job["reason"] else ""))
-    return "  ".join(parts)
+        reason = " ".join(shown(job["reason"]).split())
+        parts.append(job["state"] + (f": {reason}" if reason else ""))
+    return parts
 
 
 def counted(count: int, what: str) -> str:

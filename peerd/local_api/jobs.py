@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from peerd.generation import QUIET_S
 from peerd.local_api.completions import EventStream, json_response
@@ -131,7 +132,7 @@ async def _parts(http: web.Request) -> dict[str, bytes]:
                 raise InvalidRequest(f"The request has a part that doesn't belong there; {HOW}")
             most = limits.DATASET_BYTES_MAX if part.name == "dataset" else limits.SETTINGS_BYTES_MAX
             found[part.name] = await _bounded(part, most)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, HttpProcessingError) as error:  # the last: of the headers of a part
         raise InvalidRequest(f"The multipart body can't be read; {HOW}") from error
     return found
 

@@ -6,6 +6,7 @@ comes from a counter-based generator (`blocks.model.counter_random`): (seed, epo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,9 +55,10 @@ def make_plan(examples: int, *, batch: int, epochs: int, seed: int, eval_split: 
     return Plan(tuple(sorted(order[held_out:])), tuple(sorted(order[:held_out])), batch, epochs, seed)
 
 
-def _shuffled(count: int, seed: int, choice: int, position: int) -> list[int]:
+@functools.lru_cache(maxsize=1)  # every step of an epoch asks for the same
+def _shuffled(count: int, seed: int, choice: int, position: int) -> tuple[int, ...]:
     words = words_below(count, seed=seed, choice=choice, position=position)
-    return [int(index) for index in np.argsort(words, kind="stable")]
+    return tuple(np.argsort(words, kind="stable").tolist())
 
 
 def cut(lengths: Sequence[int], prefix: int, tokens_max: int) -> tuple[tuple[int, ...], ...]:

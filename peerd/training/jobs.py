@@ -25,8 +25,8 @@ from peerd.training.settings import JobSettings
 log = logging.getLogger(__name__)
 
 HALF = (
-    "The model is served in float16, where gradients inside the blocks may vanish: look whether the loss falls, and prefer servers "
-    "with --dtype bfloat16 or float32."
+    "The model is served in float16, whose range is small: the loss is scaled for that, and steps that overflow are skipped; servers "
+    "with --dtype bfloat16 or float32 need neither."
 )
 
 

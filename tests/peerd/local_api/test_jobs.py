@@ -115,6 +115,8 @@ BODIES: dict[str, tuple[bytes, str, int, str]] = {
     "no boundary": (b"{}", "multipart/form-data", 400, "multipart"),
     "junk": (b"junk", FORM, 400, ""),
     "cut off": (b'--b\r\nContent-Disposition: form-data; name="settings"\r\n\r\n{', FORM, 400, ""),
+    "a broken header of a part": (b"--b\r\nbroken header\r\n\r\n{}\r\n--b--\r\n", FORM, 400, "can't be read"),
+    "headers without end": (b"--b\r\n" + b"A: b\r\n" * 10_000 + b"\r\n", FORM, 400, "can't be read"),
     "no dataset": (*multipart({"settings": b'{"name": "one"}'}), 400, "no part 'dataset'"),
     "no settings": (*multipart({"dataset": LINES}), 400, "no part 'settings'"),
     "a stray part": (*multipart({"settings": b"{}", "other": b"x"}), 400, "doesn't belong there"),
@@ -222,6 +224,19 @@ def test_the_line_has_what_a_person_looks_for() -> None:
         "############............  50 %  step 5/10  loss 1.500  812 tokens/s  1:15 left  2 steps skipped  1 lost call repeated"
     )
     assert duration(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize("columns", [30, 60, 79, 200])
+def test_on_a_terminal_the_line_never_wraps(columns: int) -> None:
+    busy = job_at(5, skipped=2, server_losses=1)
+    waiting = job_at(5, "waiting") | {"reason": "Nobody serves\nblocks 3:7 " * 20}
+    for job in (busy, waiting, job_at(10, "done")):
+        line = progress_line(job, ("#", "."), columns)
+        assert len(line) <= columns
+        assert "\n" not in line
+        assert line.startswith("##")
+    assert "1:15 left" in progress_line(job_at(5), ("#", "."), 79)
+    assert len(progress_line(job_at(5, tokens_per_s=12345.0), ("#", "."), 79)) == 79
 
 
 def test_without_a_terminal_a_line_comes_at_each_change_of_state(capsys: pytest.CaptureFixture[str]) -> None:
