@@ -13,13 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from netsim.nat import NatKind
+from netsim.nat import SITES
 from netsim.tables import TableError, did_you_mean, read_table
 
 HOSTS_AT_MOST = 20_000
-DOUBLE_NAT = "double"
-"""A home router behind a carrier's; both port-restricted."""
-NATS = (*(kind.value for kind in NatKind), DOUBLE_NAT)
 REAL_NOISE_HOSTS_AT_MOST = 100
 """Up to so many hosts the default channel is Noise; above, the null channel."""
 FaultKind = Literal[
@@ -63,7 +60,7 @@ class HostGroup:
         _need_range(self.start_s, "start_s", 0.0)
         _need(self.clock_skew_s[0] <= self.clock_skew_s[1], "clock_skew_s", "has to rise")
         for kind in self.nat:
-            _need(kind in NATS, f"nat.{kind}", f"is no kind of NAT; {did_you_mean(kind, NATS)}")
+            _need(kind in SITES, f"nat.{kind}", f"is no kind of NAT; {did_you_mean(kind, SITES)}")
         _need(all(share >= 0 for share in self.nat.values()), "nat", "has no negative shares")
         _need(not self.nat or abs(sum(self.nat.values()) - 1) < 1e-6, "nat", "has shares that sum to 1")
         for key in ("uplink_mbit", "downlink_mbit"):

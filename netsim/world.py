@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from netsim.link_fabric import Card, Fabric, Path
 from netsim.loop import HOST, VirtualLoop
-from netsim.nat import NatBox
+from netsim.nat import NatBox, site
 from netsim.peers import peer_class
 from netsim.ports import Disk, SimWallClock
 from netsim.sim_host import LISTEN_PORT, Machine, SimHost, State
