@@ -16,7 +16,7 @@ from blocks.protocol.messages import Want
 from overlay.errors import Blame, PeerdError
 from overlay.rpc.types import DTYPE_BYTES, Part
 from peerd.driving import DriverModel, RouteWish, SessionRoute, Surroundings
-from routing.types import Route, Span
+from routing.types import Route
 
 WINDOW_TOKENS = 512
 """Of one window: long enough to be compute-bound, short enough for others to get in between."""
@@ -24,7 +24,7 @@ IDLE_S = 60.0
 """How long a session lives from its last step."""
 SESSIONS_MAX = 256
 JOURNALS_BYTES_MAX = 1 << 30
-"""Hidden states that all sessions together keep."""
+"""Hidden states and deep prompts that all sessions together keep."""
 RETRY_AFTER_S = 5
 
 Rows = Literal["all", "last"]
@@ -134,6 +134,8 @@ class HiddenSession:
         self.closed = False
         self._journals = journals
         self._on_close = on_close
+        self._prompts_bytes = 0 if wish.prompts is None else wish.prompts.size_bytes
+        journals.take(self._prompts_bytes)
         self._chunks: list[_Chunk] = []
         self._step: _Step | None = None
         self._window_tokens = WINDOW_TOKENS
@@ -206,6 +208,7 @@ class HiddenSession:
         self._route.end()
         self._fail(error or _unknown())
         self._truncate(0)
+        self._journals.give_back(self._prompts_bytes)
         self._on_close(self)
 
     def _wait_for_steps(self) -> None:
@@ -315,13 +318,11 @@ class HiddenSessions:
         self._sessions: dict[str, HiddenSession] = {}
         self.journals = JournalRoom(JOURNALS_BYTES_MAX)
 
-    def open(
-        self, around: Surroundings, model: DriverModel, span: Span | None, max_tokens: int, wait_s: float
-    ) -> HiddenSession:
+    def open(self, around: Surroundings, wish: RouteWish) -> HiddenSession:
         """Begin a session, whose route is looked for at once. Raises SessionsFull."""
         if len(self._sessions) >= SESSIONS_MAX:
             raise SessionsFull(f"{SESSIONS_MAX} sessions are open; close one, or wait until one has expired.")
-        session = HiddenSession(around, RouteWish(model, max_tokens, wait_s, span), self.journals, self._closed)
+        session = HiddenSession(around, wish, self.journals, self._closed)
         self._sessions[session.session.hex()] = session
         return session
 

@@ -34,6 +34,7 @@ from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
 from peerd.config import AUTO, Config
 from peerd.decoding import Decode, DecodeListener, DecodeRequest, DecoderPool
+from peerd.driving import RouteWish
 from peerd.generation import Stopping, TextModel
 from peerd.hidden_sessions import HiddenSession, HiddenSessions
 from peerd.loading import ModelLoader, TorchLoader
@@ -54,7 +55,6 @@ from peerd.training.jobs import Jobs
 from peerd.training.run import TrainedModel
 from peerd.training.workshop import NodeWorkshop
 from peerd.version import VERSION
-from routing.types import Span
 
 log = logging.getLogger(__name__)
 
@@ -365,13 +365,12 @@ class Node:
         driver = await self._models.described(known)
         return BlockModel(self._swarm.name_of(model), known.blocks, known.manifest.config, driver)
 
-    def open_session(self, model: BlockModel, span: Span, max_tokens: int, wait_s: float) -> HiddenSession:
+    def open_session(self, wish: RouteWish) -> HiddenSession:
         """See `NodeView.open_session`."""
         assert self._pool is not None, "a model is only found once the pool is open"
         if self._draining:
             raise _stopping()
-        whole = len(span) == model.blocks
-        return self.hidden_sessions.open(self._pool.around, model.driver, None if whole else span, max_tokens, wait_s)
+        return self.hidden_sessions.open(self._pool.around, wish)
 
     async def outside_tensors(self, name: str | None) -> dict[str, Tensor]:
         """See `NodeView.outside_tensors`."""

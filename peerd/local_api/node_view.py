@@ -13,6 +13,7 @@ from peerd.adapters.store import AdapterStore
 from peerd.calls.caller import BatchCaller
 from peerd.client.tensor_body import Tensor
 from peerd.decoding import DriverModel
+from peerd.driving import RouteWish
 from peerd.generation import TextModel
 from peerd.hidden_sessions import HiddenSession, HiddenSessions
 from peerd.metrics import Metrics
@@ -114,7 +115,7 @@ class NodeView(Protocol):
     def hidden_sessions(self) -> HiddenSessions:
         """Sessions that are fed hidden states."""
 
-    def open_session(self, model: BlockModel, span: Span, max_tokens: int, wait_s: float) -> HiddenSession:
+    def open_session(self, wish: RouteWish) -> HiddenSession:
         """Begin a session of hidden states. Raises SessionsFull."""
 
     def status(self) -> Status: ...

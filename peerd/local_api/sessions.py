@@ -13,17 +13,16 @@ from aiohttp import web
 
 from overlay.rpc.types import Part
 from peerd.client.tensor_body import Tensor
+from peerd.driving import RouteWish
 from peerd.generation import Stopping
 from peerd.hidden_sessions import HiddenSession, Rows
 from peerd.local_api.completions import json_body, json_response
 from peerd.local_api.errors import InvalidRequest
 from peerd.local_api.limits import DEFAULT_WAIT_S, MODEL_NAME_CHARS_MAX, WAIT_S_MAX
 from peerd.local_api.node_view import BlockModel, NodeView
-from peerd.local_api.tensor_bodies import TensorBodies, answer_tensors, checked, open_blocks, tensor_of
-from peerd.local_api.tensor_requests import parse_step, read_states
+from peerd.local_api.tensor_bodies import CONTENT_TYPE, TensorBodies, answer_tensors, checked, open_blocks, tensor_of
+from peerd.local_api.tensor_requests import SESSION_SETTINGS, parse_session, parse_step, read_prompts, read_states
 from routing.types import Span
-
-_FIELDS = ("model", "start", "end", "max_tokens", "timeout")
 
 
 class SessionPaths:
@@ -48,10 +47,17 @@ class SessionPaths:
         self._node.hidden_sessions.close_all(_stopping())
 
     async def _open(self, http: web.Request) -> web.StreamResponse:
-        body = await json_body(http)
+        if http.content_type != CONTENT_TYPE:
+            return await self._opened(await json_body(http), None)
+        async with self._bodies.receive(http) as body:
+            return await self._opened(*parse_session(body))
+
+    async def _opened(self, body: dict[str, Any], prompts: Tensor | None) -> web.StreamResponse:
         for field in body:
-            if field not in _FIELDS:
-                raise InvalidRequest(f"There is no {field[:80]!r} here; there is: {', '.join(_FIELDS)}.", field[:80])
+            if field not in SESSION_SETTINGS:
+                raise InvalidRequest(
+                    f"There is no {field[:80]!r} here; there is: {', '.join(SESSION_SETTINGS)}.", field[:80]
+                )
         name = body.get("model")
         if name is not None and (not isinstance(name, str) or len(name) > MODEL_NAME_CHARS_MAX):
             raise InvalidRequest(f"model must be a string of at most {MODEL_NAME_CHARS_MAX} characters.", "model")
@@ -60,9 +66,13 @@ class SessionPaths:
             raise InvalidRequest(f"timeout must be a number of seconds from 0 to {WAIT_S_MAX:g}.", "timeout")
         model = await open_blocks(self._node, name or None, wait_s)
         span, max_tokens = _span(body, model), _max_tokens(body, model)
+        own = None
+        if prompts is not None:
+            own = await checked(len(prompts.data), read_prompts, prompts, model, span, max_tokens)
         if self._stopping:
             raise _stopping()
-        session = self._node.open_session(model, span, max_tokens, float(wait_s))
+        part = None if len(span) == model.blocks else span
+        session = self._node.open_session(RouteWish(model.driver, max_tokens, float(wait_s), part, own))
         return json_response(_document(session, model, span), 201)
 
     async def _step(self, http: web.Request) -> web.StreamResponse:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blocks.protocol.device import Batch
+from blocks.protocol.limits import OPEN_PROMPTS_BYTES_MAX
 from overlay.rpc.types import Part
 from peerd.client.tensor_body import BadTensorBody, Tensor, decode
 from peerd.decoding import DriverModel
@@ -34,6 +35,7 @@ BF16_EXPONENT = 0x7F80
 SCAN_ITEMS = 1 << 20
 """Looked at in one go, so that the check needs little memory of its own."""
 
+SESSION_SETTINGS = ("model", "start", "end", "max_tokens", "timeout")
 _SETTINGS = ("model", "start", "end", "tape", "timeout")
 _INPUTS = ("hidden", "attention_mask", "position_ids", "prompts")
 
@@ -88,13 +90,38 @@ def read_batch(request: TensorRequest, model: BlockModel) -> tuple[Span, Batch]:
     positions = None
     if "position_ids" in given:
         positions = _positions(given["position_ids"], (rows, tokens), model.driver.max_positions)
-    prompts = _prompts(given["prompts"], model, span, tokens) if "prompts" in given else None
+    prompts = _prompts(given["prompts"], model, span, tokens, "tokens of hidden") if "prompts" in given else None
     return span, Batch(hidden, mask, positions, prompts)
 
 
 def read_grad(request: TensorRequest, model: DriverModel, shape: tuple[int, ...]) -> Part:
     """The gradient of an output of ``shape``. Raises InvalidRequest."""
     return _floats(request.tensors["grad"], model.compute_class.dtype, shape, "grad")
+
+
+def parse_session(body: bytes | bytearray | memoryview) -> tuple[dict[str, Any], Tensor]:
+    """Read a body of ``/api/v0/sessions`` that brings deep prompts: its settings as JSON has them, and the prompts."""
+    tensors, settings = _decoded(body)
+    _check_names(tensors, ("prompts",), "tensor")
+    _check_names(settings, SESSION_SETTINGS, "setting")
+    if "prompts" not in tensors:
+        raise InvalidRequest(
+            "The tensor prompts is missing; a session without deep prompts is asked for in JSON.", "prompts"
+        )
+    counts = {name: _count(settings, name, 0) for name in ("start", "end", "max_tokens") if name in settings}
+    fields: dict[str, Any] = {"model": settings.get("model"), "timeout": _wait(settings)}
+    return fields | counts, tensors["prompts"]
+
+
+def read_prompts(tensor: Tensor, model: BlockModel, span: Span, max_tokens: int) -> Part:
+    """The deep prompts of a session, as bytes of its own. Raises InvalidRequest."""
+    if len(tensor.data) > OPEN_PROMPTS_BYTES_MAX:
+        raise InvalidRequest(
+            f"prompts has {len(tensor.data) >> 20} MiB, and servers take {OPEN_PROMPTS_BYTES_MAX >> 20}; use shorter ones.",
+            "prompts",
+        )
+    part = _prompts(tensor, model, span, max_tokens, "tokens of the session")
+    return Part(part.name, part.dtype, part.shape, bytes(part.data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +235,13 @@ def _hidden(tensor: Tensor, model: BlockModel, name: str) -> Part:
     return _floats(tensor, model.driver.compute_class.dtype, tensor.shape, name)
 
 
-def _prompts(tensor: Tensor, model: BlockModel, span: Span, tokens: int) -> Part:
+def _prompts(tensor: Tensor, model: BlockModel, span: Span, most: int, what: str) -> Part:
     width = model.driver.width
     fits = len(tensor.shape) == 3 and tensor.shape[0] == len(span) and tensor.shape[2] == width
-    if not fits or not 1 <= tensor.shape[1] <= tokens:
+    if not fits or not 1 <= tensor.shape[1] <= most:
         raise InvalidRequest(
             f"prompts has the shape {_shape(tensor)}; for blocks {span} of {model.name} it is ({len(span)}, length, {width}) "
-            f"with a length from 1 to the {tokens} tokens of hidden.",
+            f"with a length from 1 to the {most} {what}.",
             "prompts",
         )
     return _floats(tensor, model.driver.compute_class.dtype, tensor.shape, "prompts")

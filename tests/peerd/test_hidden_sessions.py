@@ -15,7 +15,7 @@ from blocks.model.span import load_span
 from overlay.errors import DialError, PeerdError
 from overlay.rpc.types import Part
 from peerd import hidden_sessions
-from peerd.driving import Surroundings
+from peerd.driving import RouteWish, Surroundings
 from peerd.generation import Stopping
 from peerd.hidden_sessions import (
     HiddenSession,
@@ -53,8 +53,8 @@ class Scene:
         self.plans = Plans([route(self.first.hop(), node.hop()) for node in (self.second, self.replica)])
         self.around: Surroundings = (await self.ring.pool(self.driver, self.plans)).around
 
-    def open(self, span: Span | None = None, wait_s: float = 10.0) -> HiddenSession:
-        return self.sessions.open(self.around, self.ring.model(), span, MOST, wait_s)
+    def open(self, span: Span | None = None, wait_s: float = 10.0, prompts: Part | None = None) -> HiddenSession:
+        return self.sessions.open(self.around, RouteWish(self.ring.model(), MOST, wait_s, span, prompts))
 
     @property
     def served(self) -> int:
@@ -90,15 +90,25 @@ def rows(parts: list[Part]) -> np.ndarray:
     return np.concatenate([np.frombuffer(part.data, np.float32).reshape(part.shape) for part in parts])
 
 
-def local(directory: Path, steps: list[tuple[int, Part]], start: int = 0, end: int = 4) -> list[np.ndarray]:
+def local(
+    directory: Path, steps: list[tuple[int, Part]], start: int = 0, end: int = 4, prompts: Part | None = None
+) -> list[np.ndarray]:
     """What the blocks themselves answer to (position, states)."""
     span = load_span(resolve(str(directory)), start, end, prepare_steps=False)
     cache = span.new_cache(MOST)
-    answers = []
-    for position, part in steps:
-        hidden = torch.frombuffer(bytearray(part.data), dtype=torch.float32).view(1, *part.shape)
-        answers.append(span.forward(hidden, position, cache)[0].numpy())
-    return answers
+    added = None if prompts is None else tensor(prompts)
+    return [span.forward(tensor(part)[None], position, cache, added)[0].numpy() for position, part in steps]
+
+
+def tensor(part: Part) -> torch.Tensor:
+    return torch.frombuffer(bytearray(part.data), dtype=torch.float32).view(part.shape)
+
+
+def deep_prompts(blocks: int) -> Part:
+    values = torch.randn((blocks, 11, WIDTH), generator=torch.Generator().manual_seed(9)).numpy()
+    return Part(
+        "prompts", "float32", values.shape, values.tobytes()
+    )  # past the first step, so the second has some, too
 
 
 STEPS = [(0, states(9)), (9, states(1, 1)), (10, states(1, 2)), (11, states(4, 3)), (15, states(1, 4))]
@@ -234,6 +244,51 @@ def test_a_part_of_the_blocks_can_be_asked_for(directory: Path) -> None:
         session = stage.open(Span(1, 3))
         for (position, part), expected in zip(steps, local(directory, steps, 1, 3), strict=True):
             assert np.array_equal(rows(await session.step(part, position, "all")), expected)
+
+    play(directory, scene)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_deep_prompts_come_to_their_blocks_on_every_route(directory: Path, lost: bool) -> None:
+    prompts = deep_prompts(4)
+
+    async def scene(stage: Scene) -> None:
+        session = stage.open(prompts=prompts)
+        answers = []
+        for position, part in STEPS:
+            answers.append(rows(await session.step(part, position, "all")))
+            if lost and position == 9:
+                stage.lose_second()
+        for found, expected in zip(answers, local(directory, STEPS, prompts=prompts), strict=True):
+            assert np.array_equal(found, expected)
+        assert not np.array_equal(answers[1], local(directory, STEPS)[1])
+        assert session.replays == lost
+
+    play(directory, scene)
+
+
+def test_deep_prompts_of_a_part_of_the_blocks_are_those_of_its_blocks(directory: Path) -> None:
+    steps, prompts = STEPS[:2], deep_prompts(2)
+
+    async def scene(stage: Scene) -> None:
+        stage.plans.routes = [route(stage.first.hop(1, 2), stage.second.hop(2, 3))]
+        session = stage.open(Span(1, 3), prompts=prompts)
+        for (position, part), expected in zip(steps, local(directory, steps, 1, 3, prompts), strict=True):
+            assert np.array_equal(rows(await session.step(part, position, "all")), expected)
+
+    play(directory, scene)
+
+
+def test_deep_prompts_take_of_the_room_for_journals(directory: Path) -> None:
+    async def scene(stage: Scene) -> None:
+        prompts = deep_prompts(4)
+        stage.sessions.journals.bytes_max = 2 * prompts.size_bytes
+        first, _ = stage.open(prompts=prompts), stage.open(prompts=prompts)
+        with pytest.raises(SessionsFull):
+            stage.open(prompts=prompts)
+        assert len(stage.sessions.running()) == 2
+        first.close()
+        stage.open(prompts=prompts)
 
     play(directory, scene)
 

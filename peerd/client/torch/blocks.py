@@ -45,11 +45,10 @@ class Pass:
     def _step(self, cache: RemoteCache, hidden: torch.Tensor) -> torch.Tensor:
         if len(self.cuts) > 1:
             raise ValueError("a session gives no hidden states between blocks: ask for them with use_cache=False")
-        if self.prompts is not None:
-            raise ValueError("a session takes no deep prompts yet: leave the cache out")
-        if torch.is_grad_enabled() and hidden.requires_grad:
+        wants_gradient = hidden.requires_grad or (self.prompts is not None and self.prompts.requires_grad)
+        if torch.is_grad_enabled() and wants_gradient:
             raise ValueError("a session has no gradients: leave the cache out, or run under torch.no_grad()")
-        return cache.step(hidden, self.mask, self.positions)
+        return cache.step(hidden, self.mask, self.positions, self.prompts)
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)

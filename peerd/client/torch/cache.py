@@ -16,10 +16,12 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from peerd.client.client import ANSWER_TIMEOUT_S
+from peerd.client.client import ANSWER_TIMEOUT_S, TENSORS_TYPE
 from peerd.client.errors import BadAnswer, ClientError
+from peerd.client.tensor_body import encode
 from peerd.client.torch.calls import ServedModel, pack, unpack
 
+PATH = "/api/v0/sessions"
 STEPS_AT_ONCE = 16
 CLOSE_TIMEOUT_S = 5.0
 
@@ -40,6 +42,7 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
         self._model = model
         self._max_tokens = max_tokens
         self._after_first = after_first
+        self._prompts: torch.Tensor | None = None
         self._sessions: list[_Session] = []
         self._seen = torch.zeros((0, 0), dtype=torch.bool)  # (rows, columns): where there was a token
         self._finalizer = weakref.finalize(self, _close_all, self._sessions)
@@ -58,13 +61,20 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
         self._seen = torch.zeros((0, 0), dtype=torch.bool)
         self._length.count = 0
 
-    def step(self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+    def step(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        prompts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run all blocks over new columns.
 
         Args:
             hidden: (rows, columns, d_model).
             mask: (rows, columns so far and new ones), 1 where there is a token; None: everywhere.
             positions: (rows, columns) of the new ones, which have to be those of the texts without padding; None: they are.
+            prompts: (blocks, length, d_model), added before each block at a row's first tokens; the same in every step, or None.
 
         Returns:
             (rows, columns, d_model); zeros where there is no token.
@@ -72,9 +82,11 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
         rows, columns = hidden.shape[:2]
         new = torch.ones((rows, columns), dtype=torch.bool) if mask is None else mask[:, -columns:].bool().cpu()
         self._check(rows, new, positions)
+        self._check_prompts(prompts)
         if not self._sessions:
             room = max(self._max_tokens, min(columns + self._after_first, self._model.max_positions))
-            self._sessions += [_Session(self._model, room) for _ in range(rows)]
+            self._prompts = None if prompts is None else prompts.detach().clone()
+            self._sessions += [_Session(self._model, room, self._prompts) for _ in range(rows)]
             self._seen = torch.zeros((rows, 0), dtype=torch.bool)
         places = [new[row].nonzero().flatten().to(hidden.device) for row in range(rows)]
         lengths = self._seen.sum(1).tolist()
@@ -99,6 +111,14 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
             raise ValueError(
                 "with a RemoteCache positions count a row's tokens without its padding; leave position_ids out"
             )
+
+    def _check_prompts(self, prompts: torch.Tensor | None) -> None:
+        if not self._sessions:
+            return
+        before = self._prompts
+        same = prompts is before if prompts is None or before is None else torch.equal(prompts, before)
+        if not same:
+            raise ValueError("this cache began with other deep prompts, or none: use a new one")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; the servers do so with the next step."""
@@ -149,24 +169,33 @@ class _Length(CacheLayerMixin):  # type: ignore[misc]  # transformers has no typ
 class _Session:
     """One row's session at the daemon, opened by its first step."""
 
-    def __init__(self, model: ServedModel, max_tokens: int) -> None:
+    def __init__(self, model: ServedModel, max_tokens: int, prompts: torch.Tensor | None) -> None:
         self._model = model
         self._max_tokens = max_tokens
+        self._prompts = prompts
         self._path: str | None = None
 
     def step(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Hidden (tokens, d_model) from ``position`` on, through all blocks."""
         model = self._model
         if self._path is None:
-            wanted = {"model": model.identity, "max_tokens": self._max_tokens}
-            opened = model.client.call("POST", "/api/v0/sessions", wanted, ANSWER_TIMEOUT_S)
-            if not isinstance(opened.get("id"), str):
-                raise BadAnswer("The daemon opened no session; is the daemon of another version?")
-            self._path = f"/api/v0/sessions/{opened['id']}"
+            self._path = f"{PATH}/{self._open()}"
         row = hidden[None]
         given = {"hidden": pack(row, model.dtype)}
         answer, _ = model.client.tensors(f"{self._path}/step", given, {"position": str(position)})
         return unpack(answer, "hidden", row)[0]
+
+    def _open(self) -> str:
+        model, wanted = self._model, {"model": self._model.identity, "max_tokens": self._max_tokens}
+        if self._prompts is None:
+            opened = model.client.call("POST", PATH, wanted, ANSWER_TIMEOUT_S)
+        else:
+            settings = {name: str(value) for name, value in wanted.items()}
+            body = b"".join(encode({"prompts": pack(self._prompts, model.dtype)}, settings))
+            opened = model.client.send("POST", PATH, body, TENSORS_TYPE, ANSWER_TIMEOUT_S)
+        if not isinstance(opened.get("id"), str):
+            raise BadAnswer("The daemon opened no session; is the daemon of another version?")
+        return str(opened["id"])
 
     def close(self) -> None:
         """Free what the servers hold; a daemon that is gone has freed it."""

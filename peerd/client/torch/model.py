@@ -71,13 +71,11 @@ class RemoteModelForCausalLM:
     def generate(self, *arguments: Any, deep_prompts: torch.Tensor | None = None, **options: Any) -> Any:
         """As in `transformers`, greedy or sampling; the sessions are deleted at the end, unless the cache is returned.
 
-        With ``deep_prompts`` (blocks, length, d_model), which these sessions don't take, every token is computed from the whole text.
+        ``deep_prompts`` (blocks, length, d_model) are added before each block at a row's first tokens.
         """
         made: list[RemoteCache] = []
         token, deep = _CACHES.set(made), _DEEP_PROMPTS.set(deep_prompts)
         result = None
-        if deep_prompts is not None:
-            options.setdefault("use_cache", False)
         try:
             result = _parent(self).generate(*arguments, **options)
             return result

@@ -15,9 +15,12 @@ import pytest
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
 from peerd.client import ApiError, Client
-from peerd.client.tensor_body import Tensor
+from peerd.client.client import TENSORS_TYPE
+from peerd.client.tensor_body import Tensor, encode
 from peerd.decoding import DriverModel
+from peerd.driving import RouteWish
 from peerd.hidden_sessions import HiddenSessions, SessionConflict, SessionsFull, UnknownSession
+from peerd.local_api import tensor_requests
 from peerd.local_api.node_view import BlockModel
 from routing.types import ComputeClass, ModelId, Span
 from tests.peerd.scripted import ScriptedNode, Unserved, answering
@@ -62,7 +65,7 @@ class SessionNode(ScriptedNode):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.hidden_sessions: OneSession = OneSession()
-        self.opened: list[tuple[Span, int, float]] = []
+        self.opened: list[RouteWish] = []
         self.full = False
 
     async def block_model(self, name: str | None) -> BlockModel:
@@ -70,11 +73,11 @@ class SessionNode(ScriptedNode):
         driver = DriverModel("key", ModelId(bytes(32)), ComputeClass("none", "float32"), WIDTH, CONTEXT)
         return BlockModel(model.name, BLOCKS, '{"model_type": "llama"}', driver)
 
-    def open_session(self, model: BlockModel, span: Span, max_tokens: int, wait_s: float) -> HalvingSession:
+    def open_session(self, wish: RouteWish) -> HalvingSession:
         if self.full:
             raise SessionsFull("256 sessions are open.")
-        self.opened.append((span, max_tokens, wait_s))
-        self.hidden_sessions.only = HalvingSession(model.driver, max_tokens)
+        self.opened.append(wish)
+        self.hidden_sessions.only = HalvingSession(wish.model, wish.max_tokens)
         return self.hidden_sessions.only
 
     @property
@@ -114,7 +117,7 @@ def test_states_go_in_and_come_out(client: Client, node: SessionNode) -> None:
     assert (np.frombuffer(answer["hidden"].data, np.float32).reshape(1, 3, WIDTH) == STATES / 2).all()
     client.tensors(step, {"hidden": f32(STATES)}, {"position": "2", "want": "last"})
     assert node.session.asked == [((3, WIDTH), 0, "all"), ((3, WIDTH), 2, "last")]
-    assert node.opened == [(Span(0, BLOCKS), 16, 60.0)]
+    assert node.opened == [RouteWish(node.session.model, 16, 60.0)]
 
 
 def test_what_was_opened_is_told(client: Client, node: SessionNode) -> None:
@@ -123,7 +126,50 @@ def test_what_was_opened_is_told(client: Client, node: SessionNode) -> None:
         "id": node.session.session.hex(), "model": "demo", "start": 1, "end": 4, "max_tokens": 8, "width": WIDTH,
         "dtype": "float32",
     }  # fmt: skip
-    assert node.opened == [(Span(1, 4), 8, 3.0)]
+    assert node.opened == [RouteWish(node.session.model, 8, 3.0, Span(1, 4))]
+
+
+def open_with(client: Client, tensors: dict[str, Tensor], **settings: str) -> dict[str, Any]:
+    body = b"".join(encode(tensors, {"model": "demo", **settings}))
+    return client.send("POST", PATH, body, TENSORS_TYPE)
+
+
+def test_a_session_may_bring_deep_prompts(client: Client, node: SessionNode) -> None:
+    prompts = f32(np.arange(3 * 2 * WIDTH).reshape(3, 2, WIDTH))
+    document = open_with(client, {"prompts": prompts}, start="1", end="4", max_tokens="8", timeout="3")
+    assert (document["id"], document["start"], document["end"]) == (node.session.session.hex(), 1, 4)
+    part = Part("prompts", "float32", (3, 2, WIDTH), bytes(prompts.data))
+    assert node.opened == [RouteWish(node.session.model, 8, 3.0, Span(1, 4), part)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "word"),
+    [
+        ({}, {"max_tokens": "8"}, "prompts is missing"),
+        ({"prompt": np.zeros((BLOCKS, 2, WIDTH))}, {"max_tokens": "8"}, "did you mean prompts"),
+        ({"prompts": np.zeros((BLOCKS - 1, 2, WIDTH))}, {"max_tokens": "8"}, r"it is \(6, length, 4\)"),
+        ({"prompts": np.zeros((BLOCKS, 9, WIDTH))}, {"max_tokens": "8"}, "1 to the 8 tokens of the session"),
+        ({"prompts": np.full((BLOCKS, 2, WIDTH), np.nan)}, {"max_tokens": "8"}, "not a number"),
+        ({"prompts": np.zeros((BLOCKS, 2, WIDTH))}, {}, "max_tokens must be"),
+        ({"prompts": np.zeros((BLOCKS, 2, WIDTH))}, {"max_tokens": "x"}, "decimal digits"),
+        ({"prompts": np.zeros((BLOCKS, 2, WIDTH))}, {"max_tokens": "8", "want": "all"}, "no setting 'want'"),
+    ],
+)
+def test_deep_prompts_that_can_t_be_are_refused(
+    client: Client, node: SessionNode, tensors: dict[str, Any], settings: dict[str, str], word: str
+) -> None:
+    with pytest.raises(ApiError, match=word) as caught:
+        open_with(client, {name: f32(values) for name, values in tensors.items()}, **settings)
+    assert (caught.value.http_status, node.opened) == (400, [])
+
+
+def test_deep_prompts_that_no_server_takes_are_refused(
+    client: Client, node: SessionNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_requests, "OPEN_PROMPTS_BYTES_MAX", 100)
+    with pytest.raises(ApiError, match="use shorter ones"):
+        open_with(client, {"prompts": f32(np.zeros((BLOCKS, 2, WIDTH)))}, max_tokens="8")
+    assert node.opened == []
 
 
 def test_a_deleted_session_is_gone(client: Client, node: SessionNode) -> None:

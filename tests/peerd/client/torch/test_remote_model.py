@@ -246,16 +246,34 @@ def test_deep_prompts_and_their_gradients_are_as_with_hooks_on_local_blocks(pair
     same_gradients(gradients[1], gradients[0])
 
 
-def test_deep_prompts_generate_as_with_hooks_on_local_blocks(pair: Pair) -> None:
-    ids, _ = ragged()
+@pytest.mark.parametrize("cached", [True, False])
+def test_deep_prompts_generate_as_with_hooks_on_local_blocks(pair: Pair, swarm: Swarm, cached: bool) -> None:
+    ids = torch.randint(1, 256, (2, 9))
     prompts = torch.randn(BLOCKS, 3, pair.width)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
     with added_to_blocks(pair.local, prompts):
         expected = pair.local.generate(ids, use_cache=False, **settings)
-    assert torch.equal(pair.remote.generate(ids, deep_prompts=prompts, **settings), expected)
+    found = pair.remote.generate(ids, deep_prompts=prompts, use_cache=cached, **settings)
+    assert torch.equal(found, expected)
     bare = pair.local.generate(ids, **settings)
     assert not torch.equal(expected, bare)
     assert torch.equal(pair.remote.generate(ids, **settings), bare)  # nothing of them is left behind
+    swarm.wait_sessions(0)
+
+
+def test_a_prefix_with_deep_prompts_generates_as_it_would_locally(pair: Pair) -> None:
+    """What a `deep-prompt` adapter is."""
+    ids, prefix = ragged(1)[0], torch.randn(1, 4, pair.width)
+    prompts = torch.randn(BLOCKS, 4, pair.width)
+    text, new = ids, 6
+    with added_to_blocks(pair.local, prompts):
+        for _ in range(new):
+            logits = pair.local(inputs_embeds=torch.cat([prefix, pair.embed(text)], 1)).logits
+            text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    embeds = torch.cat([prefix, pair.embed(ids)], 1)
+    settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": PAD}
+    found = pair.remote.generate(inputs_embeds=embeds, deep_prompts=prompts, **settings)[0].tolist()
+    assert found == text[0, ids.shape[1] :].tolist()[: len(found)]
 
 
 @contextmanager
@@ -451,12 +469,19 @@ def test_wrong_arguments_of_forward_are_refused_in_words(pairs: dict[str, Pair])
         remote.save_pretrained("nowhere")
     with pytest.raises(TypeError, match="from_pretrained"):
         RemoteModelForCausalLM()
-    with pytest.raises(ValueError, match="leave the cache out"):
-        remote.generate(ids, deep_prompts=torch.zeros(BLOCKS, 1, 32), use_cache=True, max_new_tokens=2)
+    with pytest.raises(ApiError, match=r"prompts has the shape \(3, 1, 32\)"):
+        remote.generate(ids, deep_prompts=torch.zeros(3, 1, 32), max_new_tokens=2)
+    with remote.new_cache(32) as cache, torch.no_grad():
+        remote(ids, deep_prompts=torch.ones(BLOCKS, 1, 32), past_key_values=cache)
+        for other in (None, torch.zeros(BLOCKS, 1, 32), torch.ones(BLOCKS, 2, 32)):
+            with pytest.raises(ValueError, match="other deep prompts"):
+                remote(ids[:, :1], deep_prompts=other, past_key_values=cache)
     with remote.new_cache(32) as cache:
         embeds = remote.get_input_embeddings()(ids).requires_grad_()
         with pytest.raises(ValueError, match="no gradients"):
             remote(inputs_embeds=embeds, past_key_values=cache)
+        with pytest.raises(ValueError, match="no gradients"):
+            remote(ids, deep_prompts=torch.ones(BLOCKS, 1, 32, requires_grad=True), past_key_values=cache)
         with pytest.raises(ValueError, match="count a row's tokens"):
             remote(ids, attention_mask=mask, position_ids=torch.arange(11).expand(3, -1), past_key_values=cache)
 
