@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--twice", action="store_true", help="run each seed in two processes and compare the hashes")
     run.add_argument("--verbose", action="store_true", help="print every event and log line (one seed of one scenario)")
     run.add_argument("--table", default="", metavar="FILE", help="write a Markdown table of the results")
+    run.add_argument("--any-speed", action="store_true", help="let it take as many real seconds as it likes")
     run.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -97,7 +98,7 @@ def _run(given: argparse.Namespace) -> int:
     prepared = [prepare(_file(named)) for named in given.files]
     seeds: Sequence[int] = given.seeds if given.seeds is not None else (1 if given.seed is None else given.seed,)
     if given.json:
-        outcome = run_seed(prepared[0], seeds[0])
+        outcome = run_seed(prepared[0], seeds[0], is_timed=not given.any_speed)
         _draw(prepared[0], outcome, given.plots)
         print(outcome.to_json())
         return 0 if outcome.passed else 1
@@ -115,7 +116,7 @@ def _run_here(prepared: Prepared, seed: int, given: argparse.Namespace) -> int:
         left = f", {duration_said(took_s / share - took_s)} left" if share > 0 else ""
         progress.show(share, f"{events:,} callbacks in {duration_said(took_s)}{left}")
 
-    outcome = run_seed(prepared, seed, on_progress, print if given.verbose else None)
+    outcome = run_seed(prepared, seed, on_progress, print if given.verbose else None, is_timed=not given.any_speed)
     progress.clear()
     _draw(prepared, outcome, given.plots)
     print("\n".join(run_lines(outcome, prepared.scenario.about)))
@@ -128,7 +129,7 @@ def _run_many(prepared: Sequence[Prepared], seeds: Sequence[int], given: argpars
     """Every seed of every scenario in processes of their own, then one table for each scenario."""
     hash_seeds = HASH_SEEDS if given.twice else ("",)
     tasks = [
-        Task(one.file, seed, one.scenario.real_s_max, hash_seed, given.plots)
+        Task(one.file, seed, one.scenario.real_s_max, hash_seed, given.plots, not given.any_speed)
         for one in prepared
         for seed in seeds
         for hash_seed in hash_seeds

@@ -31,6 +31,7 @@ class Task:
     real_s_max: float
     hash_seed: str = ""
     plots: str = ""
+    is_timed: bool = True
 
 
 def run_process(task: Task) -> Outcome:
@@ -38,6 +39,8 @@ def run_process(task: Task) -> Outcome:
     command = [sys.executable, "-m", "netsim", "run", task.file, "--seed", str(task.seed), "--json"]
     if task.plots:
         command += ["--plots", task.plots]
+    if not task.is_timed:
+        command += ["--any-speed"]
     environment = dict(os.environ)  # noqa: TID251 - what a child inherits
     if task.hash_seed:
         environment["PYTHONHASHSEED"] = task.hash_seed

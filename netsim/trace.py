@@ -14,7 +14,7 @@ from hashlib import blake2b
 DIGEST_BYTES = 16
 BATCH_LINES = 512
 """Lines that are joined before they are hashed: one call instead of many."""
-LINES_PER_STORY = 48
+LINES_PER_STORY = 40
 SESSIONS_AT_MOST = 4096
 """Sessions whose stories are kept; the one that was silent for longest is forgotten first."""
 NOTE_CHARACTERS = 400
@@ -27,6 +27,7 @@ class Trace:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
+        self._start_s = now()
         self._hash = blake2b(digest_size=DIGEST_BYTES)
         self._batch: list[str] = []
         self._hosts: dict[str, deque[str]] = {}
@@ -67,8 +68,12 @@ class Trace:
             self.listener(line)
 
     def story(self, name: str) -> tuple[str, ...]:
-        """The last lines of a session or a host, oldest first; empty when nothing is known of it."""
-        return tuple(self._sessions.get(name) or self._hosts.get(name) or ())
+        """The last lines of a session or a host, oldest first, with the seconds since the start; empty when nothing is known of it."""
+        told = []
+        for line in self._sessions.get(name) or self._hosts.get(name) or ():
+            at_s, _, rest = line.partition(" ")
+            told.append(f"{float(at_s) - self._start_s:12.6f}  {rest}")
+        return tuple(told)
 
     def hexdigest(self) -> str:
         """Of every line so far; the trace may go on."""
