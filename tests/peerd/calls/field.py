@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +12,13 @@ from blocks.call_service import TENSORS_PROTOCOL, CallService
 from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import Offer
 from blocks.protocol.device import Batch, Device, Job, JobResult
-from overlay.errors import DialError, PeerdError
+from overlay.errors import DialError
 from overlay.rpc.types import Part
 from peerd.calls.caller import BatchCaller
 from peerd.system_ports import LoopClock, SystemRandomness
-from routing.catalog import ModelView
-from routing.health import Fault, Health
 from routing.records import SpanRecord, State
-from routing.types import ComputeClass, ModelId, Route, Span
+from routing.types import ModelId, Span
+from tests.peerd.calls.swarm import Swarm
 from tests.ring import CLASS, KEY, Node, Ring
 
 PROMPT_TOKENS = 3
@@ -78,38 +76,6 @@ class Server:
         self.node.host.unserve(TENSORS_PROTOCOL)
         for connection in self.node.host.connections():
             connection.abort(DialError("gone"))
-
-
-@dataclass
-class Swarm:
-    """`peerd.calls.caller.CallPlanner` over a list of records."""
-
-    blocks: int
-    records: list[SpanRecord] = field(default_factory=list)
-    health: Health = field(default_factory=Health)
-    blamed: list[tuple[bytes, str]] = field(default_factory=list)
-
-    def view(self, model: ModelId) -> ModelView:
-        return ModelView(model, self.blocks, tuple(self.records))
-
-    def plan(
-        self, model: ModelId, compute_class: ComputeClass, avoid: Sequence[bytes], span: Span | None = None
-    ) -> Route:
-        wanted = span or Span(0, self.blocks)
-        for block in range(wanted.start, wanted.end):
-            if not any(block in record.span for record in self.records):
-                raise CallFault("unsupported", f"nobody serves block {block}")
-        return Route(())
-
-    def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
-        self.blamed.append((peer, error.code))
-        self.health.blame(peer, Fault.UNREACHABLE, asyncio.get_running_loop().time())
-
-    def praise(self, peers: Sequence[bytes]) -> None:
-        """Nothing is held against anybody here."""
-
-    async def wait_changed(self, timeout_s: float) -> None:
-        await asyncio.sleep(min(timeout_s, 0.02))
 
 
 class Field:

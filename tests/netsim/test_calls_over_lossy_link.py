@@ -1,0 +1,302 @@
+"""The real caller, servers, Noise, yamux and messages over in-memory links: whatever is lost, and wherever, the gradients are the same.
+
+The device is exact arithmetic, so that "the same" is equality with a loop over the whole model. Virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import pytest
+
+from blocks.call_service import CallService
+from blocks.protocol.call_errors import CallFault
+from blocks.protocol.calls import Offer
+from blocks.protocol.device import BackwardJob, Batch, ForwardJob, Job, JobResult
+from netsim.link import LinkOptions, Network, Trace
+from netsim.loop import run
+from netsim.ports import SimClock, SimRandomness, SimWallClock
+from overlay.errors import PeerdError
+from overlay.host import Host
+from overlay.identity import Identity
+from overlay.multiaddr import tcp_address
+from overlay.ports import Ports
+from overlay.rpc.types import Part
+from peerd.calls import caller as caller_module
+from peerd.calls.caller import BatchCaller
+from peerd.driving import DriverModel
+from routing.records import SpanRecord, State
+from routing.types import ComputeClass, ModelId, Span
+from tests.peerd.calls.swarm import Swarm
+
+MODEL, CLASS = ModelId(b"m" * 32), ComputeClass("none", "float32")
+BLOCKS, WIDTH, ROWS, TOKENS, LENGTH = 4, 3, 6, 4, 2
+WHOLE = Span(0, BLOCKS)
+MODULUS = 251
+DRIVER, LEFT, RIGHT, SPARE = "10.0.0.9", "10.0.0.1", "10.0.0.2", "10.0.0.3"
+SERVERS = {LEFT: Span(0, 2), RIGHT: Span(2, 4), SPARE: WHOLE}
+JOB_S = 0.05
+POSITIONS_OF_A_CUT = 24
+
+
+# --- a model that is exact ---
+
+
+def part(name: str, values: np.ndarray) -> Part:
+    return Part(name, "float32", values.shape, values.astype(np.float32).tobytes())
+
+
+def array(given: Part | None) -> np.ndarray:
+    assert given is not None
+    return np.frombuffer(given.data, np.float32).reshape(given.shape).astype(np.int64)
+
+
+def entering(hidden: np.ndarray, prompts: np.ndarray, index: int) -> np.ndarray:
+    """A block's input: the state with the block's prompt added to its first tokens."""
+    added = hidden.copy()
+    added[:, :LENGTH] += prompts[index]
+    return added
+
+
+def forward(blocks: range, hidden: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    for index, block in enumerate(blocks):
+        hidden = (entering(hidden, prompts, index) * (block + 3) + 7) % MODULUS
+    return hidden
+
+
+def backward(blocks: range, hidden: np.ndarray, prompts: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Depends on every block's input, as a gradient does: a wrong recomputation shows."""
+    inputs = []
+    for index, block in enumerate(blocks):
+        inputs.append(entering(hidden, prompts, index))
+        hidden = (inputs[-1] * (block + 3) + 7) % MODULUS
+    of_prompts = np.zeros_like(prompts)
+    for index, block in reversed(list(enumerate(blocks))):
+        grad = (grad * (block + 5) + inputs[index]) % MODULUS
+        of_prompts[index] = grad[:, :LENGTH].sum(axis=0)
+    return grad, of_prompts
+
+
+def numbers(*shape: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, MODULUS, shape)
+
+
+HIDDEN = numbers(ROWS, TOKENS, WIDTH, seed=1)
+PROMPTS = numbers(BLOCKS, LENGTH, WIDTH, seed=2)
+GRAD = numbers(ROWS, TOKENS, WIDTH, seed=3)
+
+
+class ArithmeticDevice:
+    """A `Device` for calls; each job takes `JOB_S` of virtual time. ``on_job`` hears of each when it begins."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.step_count = self.queue_depth = 0
+        self.jobs: list[Job] = []
+        self.on_job: Callable[[ArithmeticDevice], None] = lambda device: None
+
+    def submit(self, jobs: Sequence[Job], done: Callable[[JobResult], None]) -> None:
+        for job in jobs:
+            self.jobs.append(job)
+            self.on_job(self)
+            asyncio.get_running_loop().call_later(JOB_S, self._finish, job, done)
+
+    def _finish(self, job: Job, done: Callable[[JobResult], None]) -> None:
+        self.step_count += 1
+        assert isinstance(job, ForwardJob | BackwardJob)
+        blocks = range(job.span.start, job.span.end)
+        hidden, prompts = array(job.batch.hidden), array(job.batch.prompts)
+        if isinstance(job, ForwardJob):
+            done(JobResult(job, part("hidden", forward(blocks, hidden, prompts))))
+            return
+        grad, of_prompts = backward(blocks, hidden, prompts, array(job.grad))
+        done(JobResult(job, part("hidden", grad), prompts=part("prompts", of_prompts)))
+
+
+# --- machines on links: the one place that knows today's links ---
+
+
+class NoStorage:
+    def load(self, name: str) -> bytes | None:
+        return None
+
+    def save(self, name: str, data: bytes) -> None:
+        """Nothing survives."""
+
+
+async def machine(stack: AsyncExitStack, network: Network, address: str) -> Host:
+    now = asyncio.get_running_loop().time
+    randomness = SimRandomness(address)
+    ports = Ports(SimClock(now), SimWallClock(now), randomness, (network.transport(address),), NoStorage())
+    host = await stack.enter_async_context(Host(Identity(randomness.token(32)), ports))
+    await host.listen(tcp_address(address, 4001))
+    return host
+
+
+def freeze(network: Network, address: str) -> None:
+    """Nothing leaves the machine and nothing reaches it, without a word."""
+    for other in (DRIVER, *SERVERS):
+        network.set_link(address, other, LinkOptions(is_black_hole=True))
+        network.set_link(other, address, LinkOptions(is_black_hole=True))
+
+
+class SwarmWithSpare(Swarm):
+    """The spare is found out about when somebody is blamed."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.spares: list[SpanRecord] = []
+
+    def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
+        super().blame(peer, error, edge)
+        self.records += self.spares
+        self.spares = []
+
+
+class Counted:
+    """Randomness that counts the ids of calls drawn from it: one for each call that is asked."""
+
+    def __init__(self, randomness: SimRandomness) -> None:
+        self._randomness = randomness
+        self.tokens = 0
+
+    def token(self, length: int) -> bytes:
+        self.tokens += 1
+        return self._randomness.token(length)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._randomness.uniform(low, high)
+
+    def below(self, bound: int) -> int:
+        return self._randomness.below(bound)
+
+
+@dataclass
+class Story:
+    """One training step: what came of it."""
+
+    asked: int
+    lost: int
+    blamed: list[str]
+    took_s: float
+    trace: list[str]
+    jobs: dict[str, list[str]] = field(default_factory=dict)
+
+
+Meddle = Callable[[Network, dict[str, ArithmeticDevice]], None]
+
+
+async def step(meddle: Meddle) -> Story:
+    """A forward with a tape and a backward, in micro-batches, and all that must hold whatever happens."""
+    trace = Trace()
+    network = Network(trace, LinkOptions(delay_s=0.01))
+    async with asyncio.timeout(600), AsyncExitStack() as stack:
+        swarm, devices, services = SwarmWithSpare(BLOCKS), dict[str, ArithmeticDevice](), list[CallService]()
+        clock = SimClock(asyncio.get_running_loop().time)
+        for address, span in SERVERS.items():
+            host = await machine(stack, network, address)
+            device = devices[address] = ArithmeticDevice(address)
+            offer = Offer("arithmetic", span, WIDTH, "float32", 64)
+            services.append(CallService(host, device, lambda model, named, offer=offer: offer, clock))  # type: ignore[misc]
+            peer, where = host.peer_id.multihash, (f"/ip4/{address}/tcp/4001",)
+            record = SpanRecord(peer, where, MODEL, span, State.ONLINE, CLASS, prefill_s=0.001)
+            (swarm.spares if address == SPARE else swarm.records).append(record)
+        driver = await machine(stack, network, DRIVER)
+        randomness = Counted(SimRandomness("calls"))
+        own = CallService(driver, ArithmeticDevice(DRIVER), serves_nothing, clock)
+        caller = BatchCaller(driver, own, swarm, clock, randomness)
+        meddle(network, devices)
+        started = clock.now()
+        model = DriverModel("arithmetic", MODEL, CLASS, WIDTH, 64)
+        batch = Batch(part("hidden", HIDDEN), prompts=part("prompts", PROMPTS))
+        output, tape = await caller.forward(model, WHOLE, batch, keep_tape=True)
+        assert tape is not None
+        found = await caller.backward(model, WHOLE, tape, part("grad", GRAD))
+        took_s = clock.now() - started
+        expected, of_prompts = backward(range(BLOCKS), HIDDEN, PROMPTS, GRAD)
+        assert np.array_equal(array(output), forward(range(BLOCKS), HIDDEN, PROMPTS))
+        assert np.array_equal(array(found.hidden), expected)
+        assert np.array_equal(array(found.prompts), of_prompts)
+        jobs = {address: [type(job).__name__ for job in device.jobs] for address, device in devices.items()}
+        assert sum(map(len, jobs.values())) <= randomness.tokens, "a call was computed twice unasked"
+        await asyncio.sleep(120)
+        assert all(service.bytes_reserved == 0 for service in services), "a call that is over still holds memory"
+        blamed = [code for _, code in swarm.blamed]
+        return Story(randomness.tokens, caller.servers_lost, blamed, took_s, trace.lines, jobs)
+
+
+def serves_nothing(model: ModelId, compute_class: str) -> Offer:
+    raise CallFault("not-served", "this node serves nothing")
+
+
+@pytest.fixture(autouse=True)
+def two_rows_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller_module, "MICRO_BATCH_TOKENS", 2 * TOKENS)
+
+
+def undisturbed(network: Network, devices: dict[str, ArithmeticDevice]) -> None:
+    """No fault."""
+
+
+@cache
+def bytes_between(source: str, target: str) -> int:
+    """What an undisturbed step sends that way."""
+    lines = [line.split(" ") for line in run(step(undisturbed)).trace]
+    return sum(int(words[3]) for words in lines if words[1:3] == [source, target])
+
+
+def at_job(address: str, number: int, act: Callable[[Network, str], None]) -> Meddle:
+    """Do something to a server when it is handed its job ``number``."""
+
+    def meddle(network: Network, devices: dict[str, ArithmeticDevice]) -> None:
+        def on_job(device: ArithmeticDevice) -> None:
+            if len(device.jobs) == number:
+                act(network, address)
+
+        devices[address].on_job = on_job
+
+    return meddle
+
+
+def test_without_a_loss_every_call_is_asked_and_computed_once() -> None:
+    story = run(step(undisturbed))
+    micros = ROWS // 2
+    for address in (LEFT, RIGHT):
+        assert sorted(story.jobs[address]) == ["BackwardJob"] * micros + ["ForwardJob"] * micros
+    assert (story.jobs[SPARE], story.asked, story.lost, story.blamed) == ([], 4 * micros, 0, [])
+
+
+@pytest.mark.parametrize("act", [Network.kill, freeze, lambda network, address: network.cut(DRIVER, address)],
+                         ids=["killed", "frozen", "cut"])  # fmt: skip
+@pytest.mark.parametrize("address", [LEFT, RIGHT])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
+def test_a_server_lost_at_any_job_costs_no_bit(act: Callable[[Network, str], None], address: str, number: int) -> None:
+    story = run(step(at_job(address, number, act)))
+    assert story.lost >= 1
+    assert len(story.blamed) >= 1
+    assert story.jobs[SPARE], "what was lost was computed elsewhere"
+    assert story.took_s < 30
+
+
+@pytest.mark.parametrize("way", [(DRIVER, LEFT), (LEFT, DRIVER), (DRIVER, RIGHT), (RIGHT, DRIVER)], ids=" to ".join)
+def test_a_link_that_breaks_at_any_byte_costs_no_bit(way: tuple[str, str]) -> None:
+    most = bytes_between(*way)
+    lost = 0
+    for position in range(POSITIONS_OF_A_CUT):
+        byte = most * position // POSITIONS_OF_A_CUT + position % 7
+
+        def meddle(network: Network, devices: dict[str, ArithmeticDevice], byte: int = byte) -> None:
+            network.set_link(*way, LinkOptions(delay_s=0.01, cut_after_bytes=byte))
+
+        lost += bool(run(step(meddle)).lost)
+    assert lost > POSITIONS_OF_A_CUT * 3 // 4
+
+
+def test_the_same_losses_tell_the_same_story_twice() -> None:
+    one, other = (run(step(at_job(LEFT, 4, Network.kill))) for _ in range(2))
+    assert one == other
