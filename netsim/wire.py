@@ -1,0 +1,431 @@
+"""How bytes get from one end to the other: cards that take turns, paths that delay and lose, acknowledgements, time-outs, resets.
+
+Owns every event between two ends of a connection, all of them the world's own: a chunk leaves, arrives, is acknowledged, is
+sent again. An idle card costs one event a chunk (its arrival), a contended one two, a receiver's bounded downlink one more.
+Acknowledgements are no events: an arrival notes when its acknowledgement will be back, and a timer is set only where a flow waits
+for one. Must not know addresses, listeners or dials (`netsim.fabric`), nor what the bytes mean. docs/netsim.md, section 3.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+from zlib import crc32
+
+from netsim import nat
+from netsim.connection import FabricConnection, Socket
+from netsim.flow import (
+    CHUNK_BYTES_MAX,
+    SEGMENT_BYTES,
+    Card,
+    Fin,
+    Loss,
+    Payload,
+    first_lost,
+    repeated_losses,
+    segments_of,
+)
+
+if TYPE_CHECKING:
+    from netsim.fabric import Dial, FabricListener
+    from netsim.loop import VirtualLoop
+
+CHUNK_S = 0.001
+"""A contended card turns to the next connection after so much of its time."""
+
+BARE_SEGMENT_BYTES = 40
+"""What an end of bytes takes of a card."""
+
+WINDOW_UPDATE_RETRY_S = 1.0
+"""A window update that was lost is made good by the sender's probe after so long."""
+
+NAT_REFRESH_S = 30.0
+"""How often a live connection is looked up in the boxes it goes through."""
+
+_MASK = (1 << 64) - 1
+
+
+class Trace(Protocol):
+    """What the fabric needs of `netsim.trace.Trace`."""
+
+    def add(self, kind: str, host: str, text: str) -> None: ...
+
+
+class Line:
+    """A card's one direction, or a router: one thing at a time passes."""
+
+    __slots__ = ("bytes_per_s", "chunk_bytes", "free_at", "is_armed", "queue_bytes", "ring")
+
+    def __init__(self, bytes_per_s: float, queue_bytes: int = 0) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.queue_bytes = queue_bytes
+        whole = int(bytes_per_s * CHUNK_S) // SEGMENT_BYTES * SEGMENT_BYTES
+        self.chunk_bytes = min(CHUNK_BYTES_MAX, max(SEGMENT_BYTES, whole))
+        self.free_at = 0.0
+        self.ring: deque[FabricConnection] = deque()
+        self.is_armed = False
+
+
+class Kernel:
+    """What a machine has of the network beneath its process: a card, listeners, ends of connections."""
+
+    def __init__(self, name: str, address: str, card: Card, boxes: Sequence[nat.NatBox]) -> None:
+        self.name = name
+        self.address = address
+        self.card = card
+        self.nat = tuple(boxes)
+        self.uplink = Line(card.uplink_bytes_per_s) if card.uplink_bytes_per_s else None
+        self.downlink = Line(card.downlink_bytes_per_s) if card.downlink_bytes_per_s else None
+        self.is_on = True
+        self.is_asleep = False
+        self.incarnation = 0
+        self.listeners: dict[int, FabricListener] = {}
+        self.ends: dict[int, FabricConnection] = {}
+        self.dials: dict[tuple[int, tuple[str, int]], Dial] = {}
+        self.next_port = 49152
+        self.opened = 0
+        """Connections ever begun from here: what their draws of chance are keyed by."""
+
+    @property
+    def is_reachable(self) -> bool:
+        return self.is_on and not self.is_asleep
+
+
+def uniform(key: int, number: int) -> float:
+    """The ``number``-th draw in [0, 1) of a sequence (splitmix64): no state, so no draw moves another."""
+    mixed = (key + number * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((mixed ^ (mixed >> 31)) >> 11) / (1 << 53)
+
+
+class Wire:
+    """See the module."""
+
+    def __init__(self, loop: VirtualLoop, trace: Trace) -> None:
+        self.loop = loop
+        self.trace = trace
+        self.events = 0
+        """Arrivals, turns of cards, time-outs and dials."""
+
+    # --- leaving ---
+
+    def send(self, end: FabricConnection) -> None:
+        """Something waits in the end's flow, or may leave now."""
+        if end.is_queued or end.socket is Socket.DEAD:
+            return
+        line = end.kernel.uplink
+        if line is None or end.other.kernel is end.kernel:
+            now = self.loop.time()
+            while self._pull(end, CHUNK_BYTES_MAX, now, None):
+                pass
+            return
+        end.is_queued = True
+        line.ring.append(end)
+        if not line.is_armed:
+            if line.free_at <= self.loop.time():
+                self._turn(line)
+            else:
+                line.is_armed = True
+                self.loop.post_at(line.free_at, self._turn_due, line)
+
+    def _turn_due(self, line: Line) -> None:
+        self.events += 1
+        line.is_armed = False
+        self._turn(line)
+
+    def _turn(self, line: Line) -> None:
+        """The card is free: the next connection that may send puts a chunk on it."""
+        now, ring = self.loop.time(), line.ring
+        while ring:
+            end = ring.popleft()
+            end.is_queued = False
+            if end.socket is Socket.DEAD or not self._pull(end, line.chunk_bytes, now, line):
+                continue
+            if end.flow.has_more:
+                end.is_queued = True
+                ring.append(end)
+            break
+        if ring:
+            line.is_armed = True
+            self.loop.post_at(line.free_at, self._turn_due, line)
+
+    def _pull(self, end: FabricConnection, most: int, now: float, line: Line | None) -> bool:
+        """One chunk leaves, if the flow lets it."""
+        flow = end.flow
+        payload = flow.release(now, most, end.other.window_bytes - end.other.inbox_bytes)
+        if payload is None:
+            if flow.has_more:
+                self._wait(end)
+            return False
+        end.is_waiting = False
+        took = 0.0
+        if line is not None:
+            took = (len(payload) or BARE_SEGMENT_BYTES) / line.bytes_per_s
+            line.free_at = now + took
+        self._depart(end, payload, now, took)
+        end.wake_writer()
+        return True
+
+    def _wait(self, end: FabricConnection) -> None:
+        """Until an acknowledgement, a window or a time-out: the first of them that is known."""
+        end.is_waiting = True
+        if end.flow.acks and not end.ack_armed:
+            end.ack_armed = True
+            self.loop.post_at(end.flow.acks[0][0], self._ack_due, end)
+
+    def _ack_due(self, end: FabricConnection) -> None:
+        self.events += 1
+        end.ack_armed = False
+        if end.is_waiting:
+            self.send(end)
+
+    def _depart(self, end: FabricConnection, payload: Payload, now: float, took: float) -> None:
+        path, flow = end.path, end.flow
+        arrival = now + took + path.delay_s
+        late, loss = 0.0, Loss.NONE
+        if end.router is not None:
+            arrival, lost = self._through(end.router, payload, now + took)
+            arrival += path.delay_s
+            if lost is not None:
+                late, loss = flow.recovery(segments_of(len(payload)), lost, 0, flow.rtt_s or 2 * path.delay_s)
+        if path.jitter_s:
+            arrival += path.jitter_s * self._draw(end)
+        if path.loss and loss is Loss.NONE:
+            segments = segments_of(len(payload))
+            lost = first_lost(segments, path.loss, self._draw(end))
+            if lost is not None:
+                repeats = repeated_losses(path.loss, self._draw(end))
+                late, loss = flow.recovery(segments, lost, repeats, flow.rtt_s or 2 * path.delay_s)
+        flow.last_arrival = arrival = max(arrival, flow.last_arrival)
+        if end.kernel.nat or end.other.kernel.nat:
+            self._refresh(end, now)
+        if end.other.kernel.downlink is None:
+            self.loop.post_at(arrival, self._land, end, payload, now, late, loss)
+        else:
+            self.loop.post_at(arrival, self._arrive, end, payload, now, took, late, loss)
+
+    def _through(self, router: Line, payload: Payload, now: float) -> tuple[float, int | None]:
+        """When a chunk is through a path's router, and which segment was the first that its queue had no room for."""
+        count = len(payload) or BARE_SEGMENT_BYTES
+        queued = max(0.0, router.free_at - now) * router.bytes_per_s
+        over = int(queued + count - router.queue_bytes)
+        lost = max(0, segments_of(count) - segments_of(over)) if over > 0 else None
+        router.free_at = min(max(router.free_at, now) + count / router.bytes_per_s, now + self._full_s(router))
+        return max(router.free_at, now), lost
+
+    @staticmethod
+    def _full_s(router: Line) -> float:
+        return router.queue_bytes / router.bytes_per_s
+
+    def _draw(self, end: FabricConnection) -> float:
+        end.draws += 1
+        return uniform(end.key, end.draws)
+
+    # --- arriving ---
+
+    def _arrive(
+        self, end: FabricConnection, payload: Payload, sent_at: float, took: float, late: float, loss: Loss
+    ) -> None:
+        """At the receiver's access line, which it takes a while to come down; its first byte came ``took`` before."""
+        line, now = end.other.kernel.downlink, self.loop.time()
+        if line is not None:
+            down = (len(payload) or BARE_SEGMENT_BYTES) / line.bytes_per_s
+            line.free_at = max(now, max(now - took, line.free_at) + down)
+            if line.free_at > now:
+                self.events += 1
+                self.loop.post_at(line.free_at, self._land, end, payload, sent_at, late, loss)
+                return
+        self._land(end, payload, sent_at, late, loss)
+
+    def _land(self, end: FabricConnection, payload: Payload, sent_at: float, late: float, loss: Loss) -> None:
+        self.events += 1
+        flow, other, count = end.flow, end.other, len(payload)
+        flow.on_wire_bytes -= count
+        if end.is_cut or flow.lost or not other.kernel.is_reachable:
+            if end.socket is not Socket.DEAD:
+                flow.swallowed(payload, sent_at)
+                self._arm(end, sent_at)
+            return
+        if other.accept is not None:
+            other.accept()
+        if other.socket is not Socket.OPEN:
+            self._refused(end, other, payload)
+            return
+        now = self.loop.time()
+        segments = segments_of(count)
+        if other.is_cut or not end.kernel.is_reachable:
+            flow.unanswered(segments, sent_at)
+            self._arm(end, sent_at)
+        else:
+            back = now + other.path.delay_s + (late if loss is Loss.TIMED_OUT else 0.0)
+            flow.acknowledge(back, segments, sent_at, loss)
+            if end.is_waiting and not end.ack_armed:
+                end.ack_armed = True
+                self.loop.post_at(back, self._ack_due, end)
+        self._hand_over(end, other, payload, late)
+
+    def _hand_over(self, end: FabricConnection, other: FabricConnection, payload: Payload, late: float) -> None:
+        if isinstance(payload, Fin):
+            self.trace.add("fin", other.kernel.name, end.kernel.name)
+            if end.socket is Socket.ORPHANED:
+                end.socket = Socket.DEAD
+                end.kernel.ends.pop(end.serial, None)
+        else:
+            if end.cut_after is not None and other.arrived_bytes + len(payload) >= end.cut_after:
+                self._cut_here(end, other, payload)
+                return
+            other.arrived_bytes += len(payload)
+            self.trace.add("data", other.kernel.name, f"{end.kernel.name} {len(payload)} {crc32(payload):08x}")
+        other.receive(payload, late)
+
+    def _cut_here(self, end: FabricConnection, other: FabricConnection, payload: bytes | memoryview) -> None:
+        allowed = max(0, (end.cut_after or 0) - other.arrived_bytes)
+        if allowed:
+            other.arrived_bytes += allowed
+            self.trace.add("data", other.kernel.name, f"{end.kernel.name} {allowed} {crc32(payload[:allowed]):08x}")
+            other.receive(payload[:allowed], 0.0)
+        self.reset(end)
+
+    def _refused(self, end: FabricConnection, other: FabricConnection, payload: Payload) -> None:
+        """Bytes came to an end that nobody reads: its kernel answers with a reset."""
+        if isinstance(payload, Fin):
+            return
+        if other.socket is Socket.ORPHANED:
+            other.broken(reset_error())
+            other.kernel.ends.pop(other.serial, None)
+        self.send_reset(other)
+
+    # --- what doesn't arrive ---
+
+    def _arm(self, end: FabricConnection, sent_at: float) -> None:
+        if not end.rto_armed and end.socket is not Socket.DEAD:
+            end.rto_armed = True
+            self.loop.post_at(max(self.loop.time(), sent_at + end.flow.rto_s), self._timed_out, end)
+
+    def _timed_out(self, end: FabricConnection) -> None:
+        """The retransmission timer."""
+        self.events += 1
+        end.rto_armed = False
+        now, flow = self.loop.time(), end.flow
+        if end.socket is Socket.DEAD:
+            return
+        if end.kernel.is_asleep:
+            self._arm(end, now)
+            return
+        flow.count_acks(now)
+        if not flow.is_stuck:
+            return
+        if not flow.timed_out():
+            self.broken(end, TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+        elif flow.has_more:
+            self.send(end)
+        else:
+            self.loop.post_at(now + end.path.delay_s, self._probe_lands, end, now)
+
+    def _probe_lands(self, end: FabricConnection, sent_at: float) -> None:
+        """A segment sent again that the receiver has already: all it does is ask for an acknowledgement."""
+        self.events += 1
+        other = end.other
+        if end.socket is Socket.DEAD:
+            return
+        if end.is_cut or not other.kernel.is_reachable:
+            self._arm(end, sent_at)
+        elif other.socket is Socket.DEAD:
+            self.send_reset(other)
+        elif other.is_cut or not end.kernel.is_reachable:
+            self._arm(end, sent_at)
+        else:
+            back = self.loop.time() + other.path.delay_s
+            end.flow.acknowledge(back, 0, sent_at)
+            if end.is_waiting and not end.ack_armed:
+                end.ack_armed = True
+                self.loop.post_at(back, self._ack_due, end)
+
+    def window_opened(self, end: FabricConnection) -> None:
+        """The reader took bytes from a full buffer: its sender hears of it."""
+        sender = end.other
+        if not sender.is_waiting or sender.socket is Socket.DEAD:
+            return
+        delay = end.path.delay_s
+        if end.is_cut or not sender.kernel.is_reachable:
+            delay += WINDOW_UPDATE_RETRY_S
+            self.loop.post_at(self.loop.time() + delay, self.window_opened, end)
+        else:
+            self.loop.post_at(self.loop.time() + delay, self._ack_due_window, sender)
+
+    def _ack_due_window(self, end: FabricConnection) -> None:
+        self.events += 1
+        if end.is_waiting:
+            self.send(end)
+
+    # --- ends ---
+
+    def send_reset(self, end: FabricConnection) -> None:
+        """This end's kernel tells the other one that there is nothing here (any more)."""
+        other = end.other
+        if end.is_cut or not end.kernel.is_reachable:
+            return
+        when = max(self.loop.time() + end.path.delay_s, end.flow.last_arrival)
+        self.loop.post_at(when, self._reset_lands, other)
+
+    def _reset_lands(self, end: FabricConnection) -> None:
+        self.events += 1
+        if end.kernel.is_reachable:
+            self.broken(end, reset_error())
+
+    def reset(self, end: FabricConnection) -> None:
+        """Both ends, now."""
+        self.broken(end, reset_error())
+        self.broken(end.other, reset_error())
+
+    def broken(self, end: FabricConnection, error: OSError) -> None:
+        """The kernel gives an end up."""
+        if end.socket is Socket.DEAD:
+            return
+        if end.accept is not None:
+            end.accept()
+        end.kernel.ends.pop(end.serial, None)
+        self.trace.add(
+            "broken", end.kernel.name, f"{end.other.kernel.name} {errno.errorcode.get(error.errno or 0, '?')}"
+        )
+        end.broken(error)
+
+    def closed_by_application(self, end: FabricConnection, error: BaseException | None) -> None:
+        """The transport let go of its socket, or the process of it."""
+        if end.socket is not Socket.OPEN:
+            return
+        now = self.loop.time()
+        self.trace.add("end", end.kernel.name, f"{end.other.kernel.name} {type(error).__name__ if error else 'closed'}")
+        if end.orphan():
+            self.send(end)
+        else:
+            end.broken(reset_error())
+            end.kernel.ends.pop(end.serial, None)
+            self.send_reset(end)
+        if end.kernel.nat:
+            nat.outbound(end.kernel.nat, end.local, end.remote, now, nat.Passage.ENDED)
+
+    def _refresh(self, end: FabricConnection, now: float) -> None:
+        """Boxes on the way forget connections that are silent for long, and then swallow what comes."""
+        if now < end.nat_at:
+            return
+        end.nat_at = now + NAT_REFRESH_S
+        passage = nat.Passage.ESTABLISHED
+        if nat.outbound(end.kernel.nat, end.local, end.remote, now, passage) is None or (
+            nat.inbound(end.other.kernel.nat, end.remote, end.other.remote, now, passage) is None
+        ):
+            end.is_forgotten = end.is_cut = True
+
+    def run_in(self, end: FabricConnection, callback: Callable[[], None]) -> None:
+        """Call an application from the kernel: in its host's context, when its process next runs."""
+        if self.loop.is_frozen(end.kernel.name):
+            self.loop.call_soon(callback, context=end.context)
+        else:
+            end.context.run(callback)
+
+
+def reset_error() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
