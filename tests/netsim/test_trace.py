@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from netsim.trace import BATCH_LINES, LINES_PER_STORY, SESSIONS_AT_MOST, Trace
+
+
+class Hand:
+    """A clock moved by hand."""
+
+    def __init__(self) -> None:
+        self.at_s = 1000.0
+
+    def now(self) -> float:
+        return self.at_s
+
+
+def traced(lines: int, *, last: str = "x") -> str:
+    trace = Trace(Hand().now)
+    for index in range(lines):
+        trace.add("sent", "a", str(index))
+    trace.add("sent", "a", last)
+    return trace.hexdigest()
+
+
+def test_equal_events_give_equal_hashes_and_one_different_word_another() -> None:
+    assert traced(3 * BATCH_LINES) == traced(3 * BATCH_LINES)
+    assert traced(3 * BATCH_LINES) != traced(3 * BATCH_LINES, last="y")
+
+
+def test_when_the_hash_is_asked_for_changes_nothing() -> None:
+    asked, unasked = Trace(Hand().now), Trace(Hand().now)
+    for trace in (asked, unasked):
+        trace.add("a", "b", "c")
+        if trace is asked:
+            trace.hexdigest()
+        trace.add("d", "e", "f")
+    assert asked.hexdigest() == unasked.hexdigest()
+    assert asked.lines == unasked.lines == 2
+
+
+def test_the_same_event_at_another_time_is_another() -> None:
+    hand = Hand()
+    early, late = Trace(hand.now), Trace(hand.now)
+    early.add("a", "b", "c")
+    hand.at_s += 1e-9
+    late.add("a", "b", "c")
+    assert early.hexdigest() != late.hexdigest()
+
+
+def test_notes_are_told_and_not_hashed() -> None:
+    trace, silent = Trace(Hand().now), Trace(Hand().now)
+    trace.note("a", "an object at 0x7f00deadbeef\nspoke")
+    assert trace.hexdigest() == silent.hexdigest()
+    assert trace.story("a") == ("    0.000000  note a an object at 0x... | spoke",)
+
+
+def test_a_story_has_the_last_lines_of_a_host_or_a_session_in_seconds_of_the_run() -> None:
+    hand = Hand()
+    trace = Trace(hand.now)
+    for index in range(LINES_PER_STORY + 5):
+        hand.at_s = 1000.0 + index
+        trace.add("ask", "home-1", str(index), session="s1" if index % 2 else "")
+    assert len(trace.story("home-1")) == LINES_PER_STORY
+    assert trace.story("home-1")[-1].split() == [
+        f"{LINES_PER_STORY + 4}.000000",
+        "ask",
+        "home-1",
+        str(LINES_PER_STORY + 4),
+    ]
+    assert [line.split()[-1] for line in trace.story("s1")][:2] == ["1", "3"]
+    assert trace.story("nobody") == ()
+
+
+def test_of_too_many_sessions_the_longest_silent_are_forgotten() -> None:
+    trace = Trace(Hand().now)
+    trace.add("ask", "a", "first", session="first")
+    trace.add("ask", "a", "second", session="second")
+    trace.add("ask", "a", "again", session="first")
+    for index in range(SESSIONS_AT_MOST - 1):
+        trace.add("ask", "a", "x", session=f"s{index}")
+    assert trace.story("second") == ()
+    assert len(trace.story("first")) == 2
+
+
+def test_a_listener_hears_lines_and_notes() -> None:
+    trace, heard = Trace(Hand().now), []
+    trace.listener = heard.append
+    trace.add("a", "b", "c")
+    trace.note("b", "d")
+    assert heard == ["1000.0 a b c", "1000.0 note b d"]
