@@ -1,19 +1,16 @@
-"""What one simulated machine gives to the software on it: clocks, randomness, storage, transport, and how the machine feels.
+"""What one simulated machine gives to the software on it: clocks, randomness, storage, and how the machine feels.
 
-Owns what a killed process must lose: after `detach` its storage and its transport do nothing any more, whatever its
-clean-up tries. The disk outlives processes; what a power cut leaves on it is what was synced. Knows no peers and no world.
+Owns what a killed process must lose: after `detach` its storage does nothing any more, whatever is still tried (the fabric
+does the same for its connections). The disk outlives processes; what a power cut leaves on it is what was synced. Knows no
+peers and no world.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random  # noqa: TID251 - a seeded generator, never the global one
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from overlay.errors import DialError
-from overlay.multiaddr import Multiaddr
-from overlay.ports import Listener, ProtocolFactory, Transport
 from peerd.store import StateError
 
 EPOCH_S = 1.8e9
@@ -141,26 +138,3 @@ class SimStorage:
 def _check_name(name: str) -> None:
     if not name or not set(name) <= _NAME_CHARACTERS or name.startswith("."):
         raise ValueError(f"not a state file's name: {name!r}")
-
-
-class SimTransport:
-    """A host's transport as one incarnation has it: of a dead process, nothing is dialled and nobody is heard."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport: Transport | None = transport
-
-    def detach(self) -> None:
-        self._transport = None
-
-    def can_dial(self, address: Multiaddr) -> bool:
-        return self._transport is not None and self._transport.can_dial(address)
-
-    async def dial(self, address: Multiaddr, factory: ProtocolFactory) -> asyncio.BufferedProtocol:
-        if self._transport is None:
-            raise DialError("This process is dead.")
-        return await self._transport.dial(address, factory)
-
-    async def listen(self, address: Multiaddr, factory: ProtocolFactory) -> Listener:
-        if self._transport is None:
-            raise DialError("This process is dead.")
-        return await self._transport.listen(address, factory)

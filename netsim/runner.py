@@ -8,18 +8,19 @@ the real seconds and the memory.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from netsim.conductor import Conductor
-from netsim.link_fabric import Card, Fabric
-from netsim.link_fabric import Path as Route
+from netsim.fabric import Card, Fabric
+from netsim.fabric import Path as Route
 from netsim.loop import HOST, NothingWillHappen, TimeStandsStill, VirtualLoop
 from netsim.metrics import STATISTICS, Metrics
 from netsim.outcome import Checked, Outcome
@@ -190,7 +191,8 @@ class _Run:
                 world.fail("", f"the workload wasn't done after {scenario.duration_s:g} virtual seconds")
         finally:
             await _cancelled(*tasks, failed)
-        self._note_end(world)
+        gc.collect()  # exceptions that nobody took are noticed when their holders go
+        self._hash, self._virtual_s, self._events = self.trace.hexdigest(), world.now_s, self.loop.events
         world.close()
 
     def _add_hosts(self, world: World) -> None:
@@ -207,7 +209,8 @@ class _Run:
                     card=Card(
                         _drawn(draws, told.uplink_mbit or links.uplink_mbit),
                         _drawn(draws, told.downlink_mbit or links.downlink_mbit),
-                        links.send_buffer_kib << 10,
+                        send_buffer_bytes=links.send_buffer_kib << 10,
+                        receive_window_bytes=links.receive_window_kib << 10,
                     ),
                     skew_s=draws.uniform(*told.clock_skew_s),
                     settings=self.prepared.group_settings[group],
@@ -226,11 +229,6 @@ class _Run:
             took_s = time.process_time() - self._began_s
             if self.is_timed and took_s > REAL_S_GIVEN_UP * scenario.real_s_max:
                 world.fail("", f"given up after {took_s:.0f} s; it was given {scenario.real_s_max:.0f}")
-
-    def _note_end(self, world: World) -> None:
-        self._hash = self.trace.hexdigest()
-        self._virtual_s = world.now_s
-        self._events = self.loop.events
 
     def fail(self, host: str, text: str) -> None:
         if self._world is not None:
@@ -315,8 +313,13 @@ def _drawn(draws: Any, mbit: Sequence[float]) -> float | None:
 
 
 def _chosen_path(links: Links, seed: int) -> Callable[[str, str], Route]:
-    rate = None if links.path_mbit is None else links.path_mbit * BYTES_PER_MBIT
-    return lambda one, other: Route(one_way_delay_s(links, seed, one, other), links.jitter_ms / 1000, links.loss, rate)
+    usual = Route(
+        jitter_s=links.jitter_ms / 1000,
+        loss=links.loss,
+        bytes_per_s=None if links.path_mbit is None else links.path_mbit * BYTES_PER_MBIT,
+        queue_bytes=links.path_queue_kib << 10,
+    )
+    return lambda one, other: replace(usual, delay_s=one_way_delay_s(links, seed, one, other))
 
 
 def peak_rss_mib() -> float:

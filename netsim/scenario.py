@@ -80,14 +80,19 @@ class Links:
     uplink_mbit: tuple[float, ...] = ()
     """Drawn from for each host; unlimited where it is empty."""
     downlink_mbit: tuple[float, ...] = ()
-    send_buffer_kib: int = 256
+    send_buffer_kib: int = 4 << 10
+    """What may be in flight of each connection: the sender's bound, and the receiver's."""
+    receive_window_kib: int = 6 << 10
+    path_queue_kib: int = 256
+    """Of a path with a rate of its own: what its router holds; more is dropped."""
 
     def __post_init__(self) -> None:
         _need_range(self.rtt_ms, "rtt_ms", 0.001)
         _need(self.jitter_ms >= 0, "jitter_ms", "has to be 0 or more")
         _need(0 <= self.loss < 0.5, "loss", "has to be a share under 0.5")
         _need(self.path_mbit is None or self.path_mbit > 0, "path_mbit", "has to be over 0")
-        _need(self.send_buffer_kib > 0, "send_buffer_kib", "has to be over 0")
+        for key in ("send_buffer_kib", "receive_window_kib", "path_queue_kib"):
+            _need(getattr(self, key) > 0, key, "has to be over 0")
         for key in ("uplink_mbit", "downlink_mbit"):
             _need(all(rate > 0 for rate in getattr(self, key)), key, "has to be over 0")
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from netsim.ports import Condition, Disk, SimClock, SimRandomness, SimStorage, SimTransport, SimWallClock
+from netsim.fabric import FabricTransport
+from netsim.ports import Condition, Disk, SimClock, SimRandomness, SimStorage, SimWallClock
 from overlay.multiaddr import Multiaddr, tcp_address
-from overlay.ports import Ports, Transport
+from overlay.ports import Ports
 
 if TYPE_CHECKING:
     from netsim.peers import Peer
@@ -51,7 +52,7 @@ class SimHost:
     incarnation: int
     ports: Ports
     storage: SimStorage
-    transport: SimTransport
+    transport: FabricTransport
     condition: Condition
     world: World
     over: asyncio.Future[None]
@@ -71,8 +72,9 @@ class SimHost:
         return self.world.random(f"{self.name}#{self.incarnation} {purpose}")
 
     def trace(self, kind: str, text: str, session: str = "") -> None:
-        """An event of this host."""
-        self.world.trace.add(kind, self.name, text, session)
+        """An event of this host; of a dead incarnation's, nothing is heard."""
+        if not self.over.done():
+            self.world.trace.add(kind, self.name, text, session)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,8 +94,6 @@ class Machine:
     host: SimHost | None = None
     peer: Peer | None = None
     """What runs now; None before it was made and after it ended."""
-    sleep_number: int = 0
-    """The partition that a closed lid is."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while nothing of ours runs here."""
 
@@ -106,14 +106,23 @@ class Machine:
     def is_stopping(self) -> bool:
         return self.state is State.STOPPING
 
-    def boot(self, world: World, clock: Callable[[], float], transport: Transport) -> SimHost:
+    def boot(self, world: World, clock: Callable[[], float], transport: FabricTransport) -> SimHost:
         """The next incarnation's view of the world."""
         self.incarnation += 1
-        storage, guarded = SimStorage(self.disk), SimTransport(transport)
+        storage = SimStorage(self.disk)
         seed = f"{world.seed} {self.name}#{self.incarnation} ports"
-        ports = Ports(SimClock(clock), self.wall_clock, SimRandomness(seed), (guarded,), storage)
+        ports = Ports(SimClock(clock), self.wall_clock, SimRandomness(seed), (transport,), storage)
         over = world.loop.create_future()
         self.host = host = SimHost(
-            self.name, self.address, self.group, self.incarnation, ports, storage, guarded, self.condition, world, over
+            self.name,
+            self.address,
+            self.group,
+            self.incarnation,
+            ports,
+            storage,
+            transport,
+            self.condition,
+            world,
+            over,
         )
         return host

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from netsim.link_fabric import Card, Fabric, Path
+from netsim.fabric import Card, Fabric, Path
 from netsim.loop import HOST, VirtualLoop
 from netsim.nat import NatBox, site
 from netsim.peers import peer_class
@@ -225,8 +225,7 @@ class World:
             return False
         if not self._postponed(self.sleep, machine):
             self._set_state(machine, State.ASLEEP, "sleep")
-            others = [name for name in self.machines if name != machine.name]
-            machine.sleep_number = self.fabric.partition([machine.name], others)
+            self.fabric.sleep(machine.name)
             self.loop.freeze(machine.name)
         return True
 
@@ -235,7 +234,7 @@ class World:
         if machine.state is not State.ASLEEP:
             return False
         self._set_state(machine, State.RUNNING, "wake")
-        self.fabric.heal(machine.sleep_number)
+        self.fabric.wake(machine.name)
         self.loop.thaw(machine.name)
         return True
 
@@ -343,14 +342,13 @@ class World:
         """After the fabric let go of it: nothing of the process runs again."""
         self.loop.mute(machine.name)
         if machine.state is State.ASLEEP:
-            self.fabric.heal(machine.sleep_number)
+            self.fabric.wake(machine.name)
         host = machine.host
         machine.host = machine.peer = None
         self._set_state(machine, state, why)
         machine.ended.set()
         if host is not None:
             host.storage.detach()
-            host.transport.detach()
             host.over.set_result(None)
 
     def _set_state(self, machine: Machine, state: State, why: str) -> None:
