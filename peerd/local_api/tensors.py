@@ -119,16 +119,22 @@ class Tensors:
         async with self._bodies.receive(http) as body:
             request = parse_backward(body)
             if request.tape is not None:
-                with self._shelf.borrow(request.tape, asyncio.get_running_loop().time()) as kept:
-                    if kept is None:
-                        raise TapeGone("What forward kept is gone by now; send hidden and the rest along with grad.")
-                    gradients = await self._gradients(request, kept, len(body))
+                gradients = await self._through_tape(request.tape, request, len(body))
             else:
                 gradients = await self._gradients(request, await self._all_given(request, len(body)), len(body))
         answer = {"hidden": tensor_of(gradients.hidden)}
         if gradients.prompts is not None:
             answer["prompts"] = tensor_of(gradients.prompts)
         return await answer_tensors(http, answer, {})
+
+    async def _through_tape(self, name: str, request: TensorRequest, size_bytes: int) -> Gradients:
+        try:
+            with self._shelf.borrow(name, asyncio.get_running_loop().time()) as kept:
+                if kept is None:
+                    raise TapeGone("What forward kept is gone by now; send hidden and the rest along with grad.")
+                return await self._gradients(request, kept, size_bytes)
+        finally:
+            self._watch_shelf()  # whose timer may have found nothing but tapes in use
 
     async def _gradients(self, request: TensorRequest, kept: KeptTape, size_bytes: int) -> Gradients:
         grad = await checked(size_bytes, read_grad, request, kept.model, kept.shape)
@@ -146,9 +152,12 @@ class Tensors:
         name = self._node.randomness.token(TAPE_ID_BYTES).hex()
         if not self._shelf.put(name, kept, loop.time()):
             return None
-        if self._expiry is None:
-            self._expire()
+        self._watch_shelf()
         return name
+
+    def _watch_shelf(self) -> None:
+        if self._expiry is None and not self._stopping.is_set():
+            self._expire()
 
     def _expire(self) -> None:
         """Drop what is too old, and come back when the next may be."""

@@ -33,7 +33,8 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
 
     Args:
         max_tokens: of the longest row; servers keep memory free for as many.
-        after_first: how many follow the first step's, which may bring more than was counted: `peft` puts its prompt in front of it.
+        after_first: of caches that generate makes: how many follow the first step's, which may bring more than was counted, since `peft`
+            puts its prompt in front. 0: nothing but ``max_tokens`` counts.
     """
 
     def __init__(self, model: ServedModel, max_tokens: int, after_first: int = 0) -> None:
@@ -84,7 +85,8 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers has no types
         self._check(rows, new, positions)
         self._check_prompts(prompts)
         if not self._sessions:
-            room = max(self._max_tokens, min(columns + self._after_first, self._model.max_positions))
+            widened = min(columns + self._after_first, self._model.max_positions) if self._after_first else 0
+            room = max(self._max_tokens, widened)
             self._prompts = None if prompts is None else prompts.detach().clone()
             self._sessions += [_Session(self._model, room, self._prompts) for _ in range(rows)]
             self._seen = torch.zeros((rows, 0), dtype=torch.bool)

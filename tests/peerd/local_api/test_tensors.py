@@ -23,6 +23,7 @@ from peerd.client.tensor_body import Tensor, encode
 from peerd.decoding import DriverModel
 from peerd.local_api import limits
 from peerd.local_api.node_view import BlockModel
+from peerd.local_api.tape_shelf import TapeShelf
 from routing.types import ComputeClass, ModelId, Span
 from tests.peerd.scripted import ScriptedNode, Unserved, answering
 
@@ -361,13 +362,18 @@ def test_requests_under_way_are_bounded(client: Client, node: TensorNode, monkey
     assert caught.value.http_status == 429
 
 
-def hanging(client: Client) -> socket.socket:
-    """A forward under way, whose connection is returned."""
-    pieces = encode({"hidden": f32(HIDDEN)}, {})
+def hanging(
+    client: Client,
+    path: str = FORWARD,
+    tensors: dict[str, Tensor] | None = None,
+    settings: dict[str, str] | None = None,
+) -> socket.socket:
+    """A call under way, whose connection is returned."""
+    pieces = encode(tensors or {"hidden": f32(HIDDEN)}, settings or {})
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(10)
     connection.connect(client.socket_path)
-    head = f"POST {FORWARD} HTTP/1.1\r\nHost: x\r\nContent-Length: {sum(map(len, pieces))}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {sum(map(len, pieces))}\r\n\r\n"
     connection.sendall(head.encode() + b"".join(pieces))
     return connection
 
@@ -387,6 +393,37 @@ def test_hanging_up_cancels_the_call(client: Client, node: TensorNode) -> None:
     wait(node, lambda: node.calls.asked)
     connection.close()
     wait(node, lambda: node.calls.cancelled)
+
+
+def test_a_tape_that_was_in_use_when_the_others_expired_expires_too(
+    node: TensorNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ShortShelf(TapeShelf):
+        looked = 0
+
+        def __init__(self) -> None:
+            super().__init__(life_s=0.05)
+            shelves.append(self)
+
+        def expire(self, now: float) -> None:
+            self.looked += 1
+            super().expire(now)
+
+    shelves: list[ShortShelf] = []
+    monkeypatch.setattr("peerd.local_api.tensors.TapeShelf", ShortShelf)
+    with answering(node, tmp_path / "run" / "s") as path:
+        [shelf] = shelves
+        client = Client(path)
+        _, settings = client.tensors(FORWARD, {"hidden": f32(HIDDEN)}, {"tape": "keep"})
+        node.calls.hangs = True
+        connection = hanging(client, BACKWARD, {"grad": f32(HIDDEN)}, settings)
+        wait(node, lambda: node.calls.asked[-1][0] == "backward")
+        looked = shelf.looked
+        wait(node, lambda: shelf.looked > looked)
+        assert len(shelf) == 1  # in use
+        connection.close()
+        wait(node, lambda: node.calls.cancelled)
+        wait(node, lambda: len(shelf) == 0)
 
 
 def test_stopping_the_daemon_ends_calls_with_a_reason(node: TensorNode, tmp_path: Path) -> None:

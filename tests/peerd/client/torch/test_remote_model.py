@@ -476,6 +476,8 @@ def test_wrong_arguments_of_forward_are_refused_in_words(pairs: dict[str, Pair])
         for other in (None, torch.zeros(BLOCKS, 1, 32), torch.ones(BLOCKS, 2, 32)):
             with pytest.raises(ValueError, match="other deep prompts"):
                 remote(ids[:, :1], deep_prompts=other, past_key_values=cache)
+    with remote.new_cache(10) as cache, pytest.raises(ApiError, match="opened for 10 tokens"):
+        remote(ids, past_key_values=cache)
     with remote.new_cache(32) as cache:
         embeds = remote.get_input_embeddings()(ids).requires_grad_()
         with pytest.raises(ValueError, match="no gradients"):
