@@ -114,7 +114,7 @@ class _Work:
 
 
 class CallService:
-    """See the module. Use from the loop's thread; `draining` refuses new calls, `close` takes the protocol away."""
+    """See the module. Use from the loop's thread; `draining` refuses new calls."""
 
     def __init__(self, host: Host, device: Device, offers: Offers, clock: Clock) -> None:
         self.host = host
@@ -129,11 +129,6 @@ class CallService:
         self._streams: dict[bytes, int] = {}
         self._bytes = 0
         host.serve(TENSORS_PROTOCOL, self._serve, max_inbound_per_peer=2 * CALLS_PER_PEER, priority=Priority.BULK)
-
-    def close(self) -> None:
-        """Take no more calls."""
-        self.draining = True
-        self.host.unserve(TENSORS_PROTOCOL)
 
     @property
     def bytes_reserved(self) -> int:
@@ -218,7 +213,7 @@ class CallService:
             raise ProtocolViolation("A peer sent a second request on a stream of one call.")
         try:
             request = calls.decode_call(message)
-            self._take(inbound, request)
+            self._take(inbound, request, message.parts_digest)
         except CallFault as fault:
             inbound.settle(error_message(fault))
 
@@ -236,10 +231,10 @@ class CallService:
             raise fault_of_error(answer)
         return answer
 
-    def _take(self, channel: _Channel, request: CallRequest) -> None:
+    def _take(self, channel: _Channel, request: CallRequest, parts_digest: bytes | None = None) -> None:
         offer = self._offers(request.model, request.compute_class)
         calls.check_against(request, offer)
-        digest = request.digest()
+        digest = request.digest(parts_digest)
         channel.request = request
         commands = self._table.receive(channel.peer, request.call, digest, channel, self._clock.now())
         for command in commands:

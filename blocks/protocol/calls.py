@@ -17,6 +17,7 @@ from blocks.protocol.call_errors import CallFault
 from blocks.protocol.device import Batch
 from blocks.protocol.fields import read_bytes, read_integer, read_list, read_text
 from blocks.protocol.session_errors import BadMessage
+from overlay.rpc.signing import digest_of
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
 from routing.types import ModelId, Span
 
@@ -72,14 +73,11 @@ class CallRequest:
         """Per row, padding included."""
         return self.batch.hidden.shape[1]
 
-    def digest(self) -> bytes:
-        """What was asked, whatever the id of the call."""
+    def digest(self, parts_digest: bytes | None = None) -> bytes:
+        """What was asked, whatever the id of the call; ``parts_digest`` is a message's, where there is one: bodies are hashed once."""
         described = [[part.name, part.dtype, list(part.shape)] for part in self.parts]
         asked = [self.kind, self.model, self.compute_class, self.span.start, self.span.end, described]
-        content = hashlib.sha256()
-        for part in self.parts:
-            content.update(part.data)
-        packed: bytes = msgpack.packb([*asked, content.digest()])
+        packed: bytes = msgpack.packb([*asked, parts_digest or digest_of(self.parts)])
         return hashlib.sha256(packed).digest()
 
     def to_message(self) -> Message:
@@ -89,7 +87,7 @@ class CallRequest:
             "class": self.compute_class,
             "span": [self.span.start, self.span.end],
         }
-        return Message(self.kind, header, self.parts)
+        return Message(self.kind, header, self.parts, parts_digest=digest_of(self.parts))
 
 
 def decode_call(message: Message) -> CallRequest:

@@ -85,7 +85,7 @@ class MessageChannel:
         else:
             header = encode_header(message, self._local_peer, message.recipient or self.remote_peer)
             started = time.perf_counter()
-            signature = sign(self._identity, header, message.parts)
+            signature = sign(self._identity, header, message.parts, message.parts_digest)
             self.statistics.signature_s += time.perf_counter() - started
         started = time.perf_counter()
         buffers = encode_frame(header, message.parts, self._send_sequence, signature, end=end, choose=self._choose)

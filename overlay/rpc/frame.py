@@ -115,6 +115,7 @@ class FrameDecoder:
         self._body_view = memoryview(b"")
         self._body_filled = 0
         self._digest: Any = None
+        self._all_digest: Any = None
         self._reset()
 
     def _reset(self) -> None:
@@ -164,7 +165,7 @@ class FrameDecoder:
         self._body = bytearray(size)
         self._body_view = memoryview(self._body)
         self._body_filled = 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if self._all_digest is None else self._all_digest
 
     def _fill_body(self, data: memoryview) -> int:
         filled = self._body_filled
@@ -222,6 +223,7 @@ class FrameDecoder:
             if codec not in (Codec.RAW, Codec.PLANES_ZSTD) or (codec == Codec.RAW and encoded != decoded):
                 raise ProtocolViolation("A peer sent a tensor in an unknown codec.")
             self._entries.append((codec, encoded, decoded))
+        self._all_digest = hashlib.sha256() if self._part_count > 1 else None
         self._want = self._header_length
         self._state = _State.HEADER
 
@@ -258,15 +260,27 @@ class FrameDecoder:
         body: Buffer = data
         if codec == Codec.PLANES_ZSTD:
             body = decode_planes(data, DTYPE_BYTES[dtype], decoded)
-        digest = None if self._digest is None else self._digest.digest()
+        digest = None
+        if self._all_digest is None:
+            digest = None if self._digest is None else self._digest.digest()
+        elif self._digest is None:
+            self._all_digest.update(body)
         self._digest = None
         self._parts.append(Part(name, dtype, shape, body, digest))
 
     def _finish(self) -> Frame:
         fields = self._fields
         message = Message(
-            fields["k"], fields, tuple(self._parts), fields["f"], fields["t"], self._header_bytes, self._signature
+            fields["k"],
+            fields,
+            tuple(self._parts),
+            fields["f"],
+            fields["t"],
+            self._header_bytes,
+            self._signature,
+            None if self._all_digest is None else self._all_digest.digest(),
         )
+        self._all_digest = None
         frame = Frame(message, self._sequence, bool(self._flags & FLAG_END))
         self._reset()
         self._state = _State.PREFIX

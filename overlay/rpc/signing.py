@@ -14,9 +14,9 @@ from overlay.rpc.types import Message, Part
 DOMAIN = b"peerd-message:1"
 
 
-def signed_bytes(header: bytes, parts: tuple[Part, ...]) -> bytes:
+def signed_bytes(header: bytes, parts_digest: bytes) -> bytes:
     """79 bytes that stand for a message."""
-    return DOMAIN + hashlib.sha256(header).digest() + digest_of(parts)
+    return DOMAIN + hashlib.sha256(header).digest() + parts_digest
 
 
 def digest_of(parts: tuple[Part, ...]) -> bytes:
@@ -29,9 +29,9 @@ def digest_of(parts: tuple[Part, ...]) -> bytes:
     return digest.digest()
 
 
-def sign(identity: Identity, header: bytes, parts: tuple[Part, ...]) -> bytes:
-    """64 bytes by ``identity``."""
-    return identity.sign(signed_bytes(header, parts))
+def sign(identity: Identity, header: bytes, parts: tuple[Part, ...], parts_digest: bytes | None = None) -> bytes:
+    """64 bytes by ``identity``; ``parts_digest`` is `digest_of` the parts, where it is known."""
+    return identity.sign(signed_bytes(header, parts_digest or digest_of(parts)))
 
 
 def is_authentic(message: Message) -> bool:
@@ -42,4 +42,5 @@ def is_authentic(message: Message) -> bool:
         sender = PeerId.from_bytes(message.sender)
     except InvalidAddress:
         return False
-    return verify(sender, message.signature, signed_bytes(message.header_bytes, message.parts))
+    parts_digest = message.parts_digest or digest_of(message.parts)
+    return verify(sender, message.signature, signed_bytes(message.header_bytes, parts_digest))

@@ -62,3 +62,5 @@ class Message:
     recipient: bytes = b""
     header_bytes: bytes | None = field(default=None, repr=False)
     signature: bytes | None = field(default=None, repr=False)
+    parts_digest: bytes | None = field(default=None, repr=False, compare=False)
+    """SHA-256 of the parts' bytes in order, where this process has computed it already; it is never taken from a peer."""

@@ -116,7 +116,7 @@ async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request
             if not ears.answer.done():  # what came before the write failed is the better word
                 raise
         answer = await _answer(ears, stream)
-        fault = calls.fault_of_answer(request, request.digest(), answer)
+        fault = calls.fault_of_answer(request, request.digest(message.parts_digest), answer)
         if fault is not None:
             raise ProtocolViolation(f"A server answered a call with {fault}.")
         channel.close()

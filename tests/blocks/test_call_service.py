@@ -18,7 +18,9 @@ from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import CallRequest
 from blocks.protocol.device import JobResult
 from overlay.errors import PeerdError
+from overlay.rpc import signing
 from overlay.rpc.channel import MessageChannel
+from overlay.rpc.types import Part
 from overlay.stream import Stream
 from peerd.calls.remote import call_remote
 from routing.types import Span
@@ -114,7 +116,7 @@ def test_a_request_whose_parts_never_come_gives_back_what_was_reserved(
         stream = await stream_to(field, server)
         channel = MessageChannel(stream, field.client.host.identity)
         buffers: list[bytes] = []
-        stream.write_nowait = lambda *parts: buffers.extend(map(bytes, parts))  # type: ignore[method-assign]
+        stream.write_nowait = lambda *parts, **_: buffers.extend(map(bytes, parts))  # type: ignore[method-assign]
         message = backward_of(field).to_message()
         channel.send(type(message)(message.kind, {**message.header, "nonce": bytes(16)}, message.parts))
         del stream.write_nowait
@@ -168,5 +170,29 @@ def test_a_devices_error_reaches_the_caller_under_its_code(
             await asked
         assert (caught.value.code, caught.value.retryable) == (code, retryable)
         await until(lambda: server.service.bytes_reserved == 0)
+
+    run(model, work)
+
+
+def test_the_bodies_of_a_call_are_hashed_once_on_each_side(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    honest = signing.digest_of
+
+    def counting(parts: tuple[Part, ...]) -> bytes:
+        if len(parts) > 1:
+            hashed.append(parts[-1].name)
+        return honest(parts)
+
+    monkeypatch.setattr(signing, "digest_of", counting)
+    monkeypatch.setattr(calls, "digest_of", counting)
+
+    async def work(field: Field, server: Server) -> None:
+        request = backward_of(field)
+        answer = await call_remote(field.client.host, server.peer, server.record.addresses, request)
+        assert hashed == [
+            "grad",
+            "prompts",
+        ]  # the request at the caller, the answer at the server; readers hash what they read
+        assert answer.header["digest"] == request.digest()
 
     run(model, work)
