@@ -88,11 +88,17 @@ def read_dataset(data: bytes, codec: Codec, *, max_tokens: int, now: datetime, s
         raise BadDataset(f"The dataset has {len(lines)} lines, over {limits.EXAMPLES_MAX}; train on a part of it.")
     examples: list[Example] = []
     bad: list[BadLine] = []
+    tokens = 0
     for number, line in enumerate(lines, 1):
         try:
             examples.append(_example(line, codec, max_tokens, now))
+            tokens += len(examples[-1].tokens)
         except _Unusable as reason:
             bad.append(BadLine(number, str(reason)))
+        if tokens > limits.DATASET_TOKENS_MAX:
+            raise BadDataset(
+                f"The dataset has over {limits.DATASET_TOKENS_MAX} tokens up to line {number}; train on a part of it."
+            )
     if bad and not skip_bad:
         raise BadDataset(told(bad))
     if not examples:
@@ -146,9 +152,7 @@ def _fields(line: bytes) -> dict[str, Any]:
         raise _Unusable("is not JSON that can be read") from error
     if not isinstance(fields, dict):
         raise _Unusable(f"is no JSON object; write {_FORMS}")
-    forms = [
-        form for form, named in (("text", "text"), ("prompt", "prompt"), ("messages", "messages")) if named in fields
-    ]
+    forms = [form for form in ("text", "prompt", "messages") if form in fields]
     if len(forms) != 1:
         which = f"mixes {' and '.join(forms)}" if forms else f"has none of {_FORMS}"
         raise _Unusable(which)

@@ -5,6 +5,8 @@ from __future__ import annotations
 DATASET_BYTES_MAX = 64 << 20
 LINE_BYTES_MAX = 1 << 20
 EXAMPLES_MAX = 500_000
+DATASET_TOKENS_MAX = 8 << 20
+"""Of all examples together, which are held in memory while a job runs: about 50 bytes each."""
 MESSAGES_MAX = 256
 """Of one conversation."""
 BAD_LINES_TOLD = 5

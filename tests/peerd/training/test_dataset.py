@@ -67,6 +67,36 @@ def test_of_a_conversation_only_what_the_assistant_says_counts() -> None:
     assert example.labels[len(asked)] == example.tokens[len(asked)]
 
 
+def test_tokens_and_labels_are_those_that_were_written_down_by_hand() -> None:
+    """From the demo model's vocabulary: 1 begins, 2 ends, 4 is the user's turn, 5 the assistant's."""
+    said = {"role": "user", "content": "And a fox?"}, {"role": "assistant", "content": "Red."}
+    again = {"role": "user", "content": "?"}, {"role": "assistant", "content": "."}
+    fox, red, no = [38, 265, 264, 837, 36], [55, 272, 19], IGNORED
+    by_hand: list[tuple[dict[str, Any], list[int], list[int]]] = [
+        ({"text": "And a fox?"}, [1, *fox, 2], [no, *fox, 2]),
+        ({"prompt": "And a fox?", "completion": "Red."}, [1, *fox, *red, 2], [no] * 6 + [*red, 2]),
+        ({"prompt": "", "completion": "Red."}, [1, *red, 2], [no, *red, 2]),
+        ({"messages": [*said]}, [1, 4, *fox, 2, 5, *red, 2], [no] * 9 + [*red, 2]),
+        (
+            {"messages": [*said, *again]},
+            [1, 4, *fox, 2, 5, *red, 2, 4, 36, 2, 5, 19, 2],
+            [no] * 9 + [*red, 2] + [no] * 4 + [19, 2],
+        ),
+    ]
+    for line, tokens, labels in by_hand:
+        (example,) = read(line).examples
+        assert (list(example.tokens), list(example.labels)) == (tokens, labels), line
+
+
+def test_more_tokens_than_are_held_in_memory_are_refused_where_they_pass_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "DATASET_TOKENS_MAX", 20)
+    assert len(read(GOOD, GOOD).examples) == 2
+    with pytest.raises(BadDataset, match="over 20 tokens up to line 3"):
+        read(GOOD, GOOD, GOOD, "{")
+
+
 BAD_LINES = {
     "": "is empty",
     "   ": "is empty",
