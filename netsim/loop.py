@@ -170,14 +170,16 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def __init__(self, start_s: float = 1000.0) -> None:
         super().__init__()
-        self._now = start_s
+        self.now_s = start_s
+        """What `time` gives; only the loop sets it."""
         self._due: deque[Any] = deque()
         self._timers: list[tuple[float, int, Any, Any, Any]] = []
         self._serial = 0
         self._cancelled_timers = 0
         self._stopping = False
         self._lives: dict[str, _Life] = {}
-        self._is_watching = False
+        self.is_watching = False
+        """Whether any process ever stood still or died."""
         self._buried: list[asyncio.Task[Any]] = []
         self._executors: dict[Any, float] = {}
         self.executor_delay_s: Callable[[str], float] = _usual_executor_delay_s
@@ -191,7 +193,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.failures: list[Failure] = []
 
     def time(self) -> float:
-        return self._now
+        return self.now_s
 
     def next_serial(self) -> int:
         """The next number of this loop's one sequence: of tasks, futures and timers."""
@@ -233,7 +235,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
 
     def post_at(self, when: float, callback: Callable[..., object], *args: Any) -> None:
         """A timer of the world's own: no host's, never frozen, can't be cancelled, and costs little. What it raises ends the run."""
@@ -276,7 +278,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         Jobs of one executor keep their order, those of the default one needn't.
         """
         future = self.create_future()
-        when = self._now + self.executor_delay_s(HOST.get())
+        when = self.now_s + self.executor_delay_s(HOST.get())
         if executor is not None:
             when = self._executors[executor] = max(when, self._executors.get(executor, 0.0))
         self.call_at(when, self._run_job, future, func, args)
@@ -315,7 +317,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def freeze(self, host: str) -> None:
         """From now on the callbacks of the host's process wait; idempotent."""
-        self._is_watching = True
+        self.is_watching = True
         life = self._life(host)
         if life.parked is None:
             life.parked = []
@@ -345,7 +347,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         Its tasks are kept, standing, until the loop is closed. The next `context_of` begins a new life. Not for a host's own
         callbacks: call it from the world's.
         """
-        self._is_watching = True
+        self.is_watching = True
         life = self._lives.pop(host, None)
         if life is None:
             return
@@ -379,7 +381,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             message = context.get("message") or "unhandled exception"
             named = context.get("task") or context.get("future") or context.get("handle")
             text = f"{message}: {named!r}" if named is not None else str(message)
-            self.failures.append(Failure(self._now, HOST.get(), text, context.get("exception")))
+            self.failures.append(Failure(self.now_s, HOST.get(), text, context.get("exception")))
 
     def raise_failures(self) -> None:
         """Raises UntakenError if there were any."""
@@ -423,7 +425,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             elif timers:
                 when, _, handle, callback, args = heappop(timers)
                 if handle is None:
-                    self._now = max(self._now, when)
+                    self.now_s = max(self.now_s, when)
                     self.events += 1
                     callback(*args)
                     continue
@@ -431,10 +433,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 if handle._cancelled:
                     self._cancelled_timers -= 1
                     continue
-                self._now = max(self._now, when)
+                self.now_s = max(self.now_s, when)
             else:
                 raise NothingWillHappen("no callback is ready and no timer is set: the simulation is stuck")
-            if handle._cancelled or (self._is_watching and self._is_held(handle)):
+            if handle._cancelled or (self.is_watching and self._is_held(handle)):
                 continue
             self.events += 1
             try:
@@ -457,10 +459,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return is_dead
 
     def _watch_time(self) -> None:
-        self._still_turns = self._still_turns + 1 if self._now == self._turn_began else 0
-        self._turn_began = self._now
+        self._still_turns = self._still_turns + 1 if self.now_s == self._turn_began else 0
+        self._turn_began = self.now_s
         if self._still_turns > TURNS_PER_MOMENT_MAX:
-            raise TimeStandsStill(f"{self._still_turns * CALLBACKS_PER_TURN} callbacks ran at {self._now}: a livelock")
+            turns, self._still_turns = self._still_turns, 0  # so that what is left can still be cancelled
+            raise TimeStandsStill(f"{turns * CALLBACKS_PER_TURN} callbacks ran at {self.now_s}: a livelock")
 
     def _collect(self) -> None:
         if self.events >= self._next_full:

@@ -79,13 +79,10 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str 
 def run_lines(outcome: Outcome, about: str, *, full: bool = True) -> list[str]:
     """One run: its checks, what else was measured, what failed and why."""
     ratio = outcome.virtual_s / outcome.real_s if outcome.real_s > 0 else 0.0
-    lines = [
-        f"{outcome.scenario}: {about}",
-        f"  seed {outcome.seed}: {duration_said(outcome.virtual_s)} of virtual time in "
-        + f"{duration_said(outcome.real_s)} of one core ({ratio:,.0f} times as fast), {outcome.events:,} callbacks, "
-        + f"{outcome.trace_lines:,} events traced, peak {outcome.peak_rss_mib:,.0f} MiB",
-        "",
-    ]
+    took = f"{duration_said(outcome.virtual_s)} of virtual time in {duration_said(outcome.real_s)} of one core"
+    events = f"{outcome.events:,} callbacks, {outcome.trace_lines:,} events traced"
+    cost = f"({ratio:,.0f} times as fast), {events}, peak {outcome.peak_rss_mib:,.0f} MiB"
+    lines = [f"{outcome.scenario}: {about}", f"  seed {outcome.seed}: {took} {cost}", ""]
     rows = [("check", "value", "bound", "")]
     rows += [(one.metric, said(one.value), one.bound, "ok" if one.holds else "FAILED") for one in outcome.checks]
     lines += table(rows, right=(1,))
@@ -119,12 +116,10 @@ def seeds_lines(outcomes: Sequence[Outcome], about: str) -> list[str]:
     """Many seeds of one scenario in one table."""
     passed = [one for one in outcomes if one.passed]
     total_s = math.fsum(one.real_s for one in outcomes)
-    lines = [
-        f"{outcomes[0].scenario}: {about}",
-        f"  {len(outcomes)} seeds ({_ranges(one.seed for one in outcomes)}), {len(passed)} passed; "
-        + f"{duration_said(total_s)} of one core, peak {max(one.peak_rss_mib for one in outcomes):,.0f} MiB",
-        "",
-    ]
+    peak = max(one.peak_rss_mib for one in outcomes)
+    ran = f"{len(outcomes)} seeds ({_ranges(one.seed for one in outcomes)}), {len(passed)} passed"
+    cost = f"{duration_said(total_s)} of one core, peak {peak:,.0f} MiB"
+    lines = [f"{outcomes[0].scenario}: {about}", f"  {ran}; {cost}", ""]
     rows = [("check", "bound", "lowest", "median", "highest", "")]
     for index, check in enumerate(outcomes[0].checks if outcomes[0].checks else ()):
         found = [one.checks[index] for one in outcomes if index < len(one.checks)]

@@ -13,6 +13,7 @@ import logging
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,6 +190,8 @@ class _Run:
             self.trace.add("run", "", "the time is over")
             if not scenario.endless:
                 world.fail("", f"the workload wasn't done after {scenario.duration_s:g} virtual seconds")
+        except Exception:  # noqa: BLE001 - the supervision point of a run
+            world.fail("", traceback.format_exc())
         finally:
             await _cancelled(*tasks, failed)
         gc.collect()  # exceptions that nobody took are noticed when their holders go
