@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from netsim.outcome import Outcome
+from netsim.outcome import Checked, Outcome
 
 BAR_CELLS = 30
 STORY_INDENT = "      "
@@ -121,13 +121,12 @@ def seeds_lines(outcomes: Sequence[Outcome], about: str) -> list[str]:
     cost = f"{duration_said(total_s)} of one core, peak {peak:,.0f} MiB"
     lines = [f"{outcomes[0].scenario}: {about}", f"  {ran}; {cost}", ""]
     rows = [("check", "bound", "lowest", "median", "highest", "")]
-    for index, check in enumerate(outcomes[0].checks if outcomes[0].checks else ()):
-        found = [one.checks[index] for one in outcomes if index < len(one.checks)]
-        values = sorted(one.value for one in found if one.value is not None)
-        broken = [one.seed for one in outcomes if index < len(one.checks) and not one.checks[index].holds]
+    for metric, checks in _by_check(outcomes).items():
+        values = sorted(check.value for _, check in checks if check.value is not None)
+        broken = [seed for seed, check in checks if not check.holds]
         verdict = f"FAILED for {len(broken)}: {_ranges(broken)}" if broken else "ok"
         low, mid, high = (values[0], values[len(values) // 2], values[-1]) if values else (None, None, None)
-        rows.append((check.metric, check.bound, said(low), said(mid), said(high), verdict))
+        rows.append((metric, checks[0][1].bound, said(low), said(mid), said(high), verdict))
     lines += table(rows, right=(2, 3, 4))
     for one in [one for one in outcomes if not one.passed][:SEEDS_SAID]:
         lines += ["", *failure_lines(one)]
@@ -140,11 +139,10 @@ def markdown_table(groups: Sequence[Sequence[Outcome]]) -> list[str]:
     lines.append("|---|---:|---:|---|---:|---:|")
     for outcomes in groups:
         parts = []
-        for index, check in enumerate(outcomes[0].checks):
-            values = [one.checks[index].value for one in outcomes if index < len(one.checks)]
-            known = [value for value in values if value is not None]
+        for metric, checks in _by_check(outcomes).items():
+            known = [check.value for _, check in checks if check.value is not None]
             low, high = (said(min(known)), said(max(known))) if known else (said(None), said(None))
-            parts.append(f"`{check.metric}` {low if low == high else f'{low} to {high}'} ({check.bound})")
+            parts.append(f"`{metric}` {low if low == high else f'{low} to {high}'} ({checks[0][1].bound})")
         passed = sum(one.passed for one in outcomes)
         real_s = math.fsum(one.real_s for one in outcomes) / len(outcomes)
         peak = max(one.peak_rss_mib for one in outcomes)
@@ -152,6 +150,15 @@ def markdown_table(groups: Sequence[Sequence[Outcome]]) -> list[str]:
             f"| {outcomes[0].scenario} | {len(outcomes)} | {passed} | {'; '.join(parts)} | {real_s:.1f} | {peak:,.0f} |"
         )
     return lines
+
+
+def _by_check(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, Checked]]]:
+    """The seeds' results of each check; a run whose process died has none."""
+    found: dict[str, list[tuple[int, Checked]]] = {}
+    for one in outcomes:
+        for check in one.checks:
+            found.setdefault(check.metric, []).append((one.seed, check))
+    return found
 
 
 def _ranges(seeds: Iterable[int]) -> str:

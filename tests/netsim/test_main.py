@@ -1,0 +1,80 @@
+"""The command line, in processes as people start it; two of them are compared for the same seed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+about = "Ten hosts come, go, freeze and crash while they ask each other."
+duration_s = 20
+endless = true
+workload = "smoke.echo"
+[settings]
+asks_per_s = 30.0
+[hosts.home]
+count = 10
+kind = "echo"
+start_s = [0.0, 1.0]
+[links]
+rtt_ms = [10.0, 200.0]
+loss = 0.01
+uplink_mbit = [5.0, 20.0]
+[churn]
+groups = ["home"]
+leaves_per_hour = 200.0
+clean = 0.2
+crash = 0.2
+vanish = 0.2
+freeze = 0.2
+sleep = 0.2
+back_after_s = [0.5, 3.0]
+[checks]
+asked = {{ min = {asked_min} }}
+wrong = {{ max = 0 }}
+"""
+
+
+def netsim(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "netsim", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def small(directory: Path, asked_min: int = 100) -> str:
+    file = directory / "small.toml"
+    file.write_text(SMALL.format(asked_min=asked_min))
+    return str(file)
+
+
+def test_a_seed_has_the_same_hash_in_two_processes_with_two_hash_seeds(tmp_path: Path) -> None:
+    done = netsim("run", small(tmp_path), "--seeds", "3:3", "--twice", "--table", str(tmp_path / "t" / "table.md"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "each of 1 runs was the same in two processes with two PYTHONHASHSEEDs" in done.stdout
+    assert "1 seeds (3), 1 passed" in done.stdout
+    assert "| small | 1 | 1 |" in (tmp_path / "t" / "table.md").read_text()
+    assert done.stderr == ""
+
+
+def test_a_failed_check_exits_1_with_the_story_and_the_command_and_ends_with_the_hash(tmp_path: Path) -> None:
+    file = small(tmp_path, asked_min=100_000)
+    done = netsim("run", file, "--seed", "7")
+    assert done.returncode == 1
+    assert f"again: python -m netsim run {file} --seed 7" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("trace hash: ")
+
+
+def test_a_scenario_that_makes_no_sense_exits_2_with_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text("about = 3")
+    done = netsim("run", str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"netsim: {file}: about: has to be a text, not 3\n"
+
+
+def test_the_list_names_every_scenario_of_the_tree() -> None:
+    done = netsim("list")
+    assert done.returncode == 0, done.stderr
+    for file in (ROOT / "scenarios").glob("*.toml"):
+        assert f"\n{file.stem} " in done.stdout
