@@ -317,7 +317,10 @@ class World:
             self.fail(machine.name, "the peer was cancelled by something of its own")
         except Exception as error:  # noqa: BLE001 - the supervision point of a simulated process
             reason = type(error).__name__
-            self.fail(machine.name, _told(error))
+            if machine.host is host:
+                self.fail(machine.name, _told(error))
+        if machine.host is not host:
+            return  # killed, and only now taken apart
         await self._end_rest(machine)
         self.loop.call_soon(self._exited, machine, host, reason, context=self.loop.context_of(""))
 
