@@ -14,7 +14,7 @@ from contextvars import Context
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from netsim.flow import CHUNK_BYTES_MAX, FIN, Fin, Flow, Path, Payload
+from netsim.flow import CHUNK_BYTES_MAX, Fin, Flow, Path, Payload
 
 if TYPE_CHECKING:
     from netsim.wire import Kernel, Line, Wire
@@ -33,6 +33,10 @@ class Socket(IntEnum):
     """The application closed it: what it wrote still goes out, then FIN; bytes that come are answered with a reset."""
     DEAD = 2
     """Reset, given up, or over; bytes that come are answered with a reset."""
+
+
+OPEN, ORPHANED, DEAD = Socket
+"""By name: members of an enumeration are slow to look up, and every arrival does."""
 
 
 class FabricConnection(asyncio.Transport):
@@ -88,7 +92,7 @@ class FabricConnection(asyncio.Transport):
         self.remote = remote
         self.context = context
         self.flow = Flow(kernel.card)
-        self.socket = Socket.OPEN
+        self.socket: Socket = OPEN
         self.path = Path()
         self.router: Line | None = None
         self.is_cut = False
@@ -298,7 +302,7 @@ class FabricConnection(asyncio.Transport):
     def _drain(self) -> None:
         """One read, as when the socket has become readable; the next one is the next turn's."""
         self._drain_scheduled = False
-        if self._closing or self._reading_paused or self._protocol is None or self.held_until > self.wire.loop.time():
+        if self._closing or self._reading_paused or self._protocol is None or self.held_until > self.wire.loop.now_s:
             return
         if not self.inbox:
             if self.error is not None:
@@ -329,18 +333,22 @@ class FabricConnection(asyncio.Transport):
 
     def _feed(self, data: bytes | memoryview) -> None:
         """Hand bytes to the protocol, at most as many at a time as its buffer holds."""
-        left = memoryview(data)
+        left = data
         try:
             while self._protocol is not None:
                 buffer: Any = self._protocol.get_buffer(-1)
-                count = min(len(buffer), len(left))
+                count = len(left)
+                if count <= len(buffer):
+                    buffer[:count] = left
+                    self._protocol.buffer_updated(count)
+                    return
+                count = len(buffer)
                 if not count:
                     raise RuntimeError("get_buffer() returned an empty buffer")
+                left = memoryview(left)
                 buffer[:count] = left[:count]
                 self._protocol.buffer_updated(count)
                 left = left[count:]
-                if not left:
-                    return
                 if self._closing or self._reading_paused:
                     self.inbox.insert(0, left)
                     self.inbox_bytes += len(left)
@@ -367,21 +375,26 @@ class FabricConnection(asyncio.Transport):
 
     @property
     def window_bytes(self) -> int:
-        return self.kernel.card.receive_window_bytes
+        return self.flow.card.receive_window_bytes
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether the transport waits for room in the kernel."""
+        return self._buffer is not None
 
     def receive(self, payload: Payload, late_s: float) -> None:
         """Bytes, or their end, came in order; ``late_s`` is how long a hole before them takes to fill."""
         loop = self.wire.loop
         if late_s:
-            self.held_until = max(self.held_until, loop.time() + late_s)
+            self.held_until = max(self.held_until, loop.now_s + late_s)
             loop.post_at(self.held_until, self.kick)
         if (
             self.inbox
             or self._reading_paused
-            or self.held_until > loop.time()
+            or self.held_until > loop.now_s
             or self._drain_scheduled
             or isinstance(payload, Fin)
-            or loop.is_frozen(self.kernel.name)
+            or (loop.is_watching and loop.is_frozen(self.kernel.name))
         ):
             self.inbox.append(payload)
             self.inbox_bytes += len(payload)
@@ -391,7 +404,7 @@ class FabricConnection(asyncio.Transport):
 
     def kick(self) -> None:
         """Something can be read: let the application read it, now or when its process goes on."""
-        if self._drain_scheduled or self._reading_paused or self._closing or self.held_until > self.wire.loop.time():
+        if self._drain_scheduled or self._reading_paused or self._closing or self.held_until > self.wire.loop.now_s:
             return
         if self.wire.loop.is_frozen(self.kernel.name):
             self._schedule_drain()
@@ -406,8 +419,8 @@ class FabricConnection(asyncio.Transport):
 
     def broken(self, error: OSError) -> None:
         """The kernel gave the connection up; the application hears of it when it reads or writes."""
-        was_open = self.socket is Socket.OPEN
-        self.socket = Socket.DEAD
+        was_open = self.socket is OPEN
+        self.socket = DEAD
         self.flow.clear()
         if not was_open:
             return
@@ -419,7 +432,7 @@ class FabricConnection(asyncio.Transport):
 
     def orphan(self) -> bool:
         """The application, or its process, is gone. False: there is unread data, so the other end is to be reset."""
-        self.socket = Socket.ORPHANED
+        self.socket = ORPHANED
         self._buffer = None
         self._closing = self._conn_lost = True
         is_unread = self.inbox_bytes > 0
@@ -431,13 +444,10 @@ class FabricConnection(asyncio.Transport):
 
     def unplugged(self) -> None:
         """The machine has no power: its kernel knows nothing of this connection any more."""
-        self.socket = Socket.DEAD
+        self.socket = DEAD
         self.flow.clear()
 
     def detach(self) -> None:
         """Its process is dead, or its host: nothing reaches the protocol any more, nothing comes from it."""
         self._protocol = None
         self._closing = self._conn_lost = True
-
-
-__all__ = ["FIN", "Endpoint", "FabricConnection", "Socket"]

@@ -191,7 +191,7 @@ class Fabric:
         """Nothing is sent at all: the others are left half-open."""
         kernel = self._kernels[name]
         self._forget_process(kernel)
-        kernel.is_on = False
+        kernel.switch(is_on=False)
         for end in list(kernel.ends.values()):
             end.detach()
             end.unplugged()
@@ -199,14 +199,14 @@ class Fabric:
 
     def power_on(self, name: str) -> None:
         """The address answers again: segments of old connections with a reset."""
-        self._kernels[name].is_on = True
+        self._kernels[name].switch(is_on=True)
 
     def sleep(self, name: str) -> None:
         """The lid is closed: its kernel stands still too, and nothing of it is lost. Freeze the process as well."""
-        self._kernels[name].is_asleep = True
+        self._kernels[name].switch(is_asleep=True)
 
     def wake(self, name: str) -> None:
-        self._kernels[name].is_asleep = False
+        self._kernels[name].switch(is_asleep=False)
 
     def _forget_process(self, kernel: Kernel) -> None:
         kernel.incarnation += 1

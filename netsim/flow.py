@@ -82,6 +82,10 @@ class Loss(IntEnum):
     """Nothing told: retransmitted after a time-out, the window collapses."""
 
 
+NONE, NOTICED, TIMED_OUT = Loss
+"""By name: members of an enumeration are slow to look up."""
+
+
 def segments_of(count: int) -> int:
     """The segments that ``count`` bytes take; an end without bytes takes one."""
     return (count + SEGMENT_BYTES - 1) // SEGMENT_BYTES or 1
@@ -117,6 +121,7 @@ class Flow:
         "last_arrival",
         "last_sent",
         "lost",
+        "most_segments",
         "on_wire_bytes",
         "peak",
         "peak_at",
@@ -137,6 +142,7 @@ class Flow:
         self.unsent_bytes = 0
         self.fin_wanted = False
         self.window = card.initial_window_segments
+        self.most_segments = card.send_buffer_bytes // SEGMENT_BYTES
         self.ssthresh = UNLIMITED_SEGMENTS
         self.in_flight = 0
         self.on_wire_bytes = 0
@@ -195,31 +201,36 @@ class Flow:
         """Let at most ``most`` bytes leave, no more than the receiver's window has room for; None: nothing may leave now."""
         if self.acks and self.acks[0][0] <= now:
             self.count_acks(now)
-        if not self.in_flight and self.last_sent and now - self.last_sent > self.rto_s:
+        in_flight, window = self.in_flight, self.window
+        if not in_flight and self.last_sent and now - self.last_sent > self.rto_s:
             self._restart(now)
-        free = min(self.window, self.card.send_buffer_bytes // SEGMENT_BYTES) - self.in_flight
+            window = self.window
+        free = (window if window < self.most_segments else self.most_segments) - in_flight
         if free <= 0:
-            self.is_limited = self.window <= self.in_flight
+            self.is_limited = window <= in_flight
             return None
-        if not self.unsent_bytes:
-            if not self.fin_wanted:
-                return None
+        count = self.unsent_bytes
+        payload: Payload
+        if count:
+            room = window_bytes - self.on_wire_bytes
+            if count > most or count > room or count > free * SEGMENT_BYTES:
+                count = min(most, room, free * SEGMENT_BYTES)
+                if count <= 0:
+                    return None
+            payload = self._take(count)
+            segments = (count + SEGMENT_BYTES - 1) // SEGMENT_BYTES
+            self.on_wire_bytes += count
+        elif self.fin_wanted:
             self.fin_wanted = False
-            self._left(now, 1, 0)
-            return FIN
-        count = min(self.unsent_bytes, free * SEGMENT_BYTES, most, window_bytes - self.on_wire_bytes)
-        if count <= 0:
+            payload, segments = FIN, 1
+        else:
             return None
-        self._left(now, segments_of(count), count)
-        return self._take(count)
-
-    def _left(self, now: float, segments: int, count: int) -> None:
-        self.in_flight += segments
-        self.on_wire_bytes += count
+        self.in_flight = in_flight = in_flight + segments
         self.last_sent = now
-        if self.in_flight > self.peak or now - self.peak_at > self.rtt_s:
-            self.peak, self.peak_at = self.in_flight, now
-        self.is_limited = self.in_flight >= self.window
+        if in_flight > self.peak or now - self.peak_at > self.rtt_s:
+            self.peak, self.peak_at = in_flight, now
+        self.is_limited = in_flight >= window
+        return payload
 
     def _take(self, count: int) -> bytes | memoryview:
         self.unsent_bytes -= count
@@ -250,17 +261,17 @@ class Flow:
         """How much later a chunk is whole at the receiver when segment ``lost_index`` of it was lost, and what the sender learns."""
         behind = segments - 1 - lost_index + (DUPLICATES if self.unsent_bytes else 0)
         if behind >= DUPLICATES and not repeats:
-            return rtt_s, Loss.NOTICED
+            return rtt_s, NOTICED
         late, timeouts = (rtt_s, repeats) if behind >= DUPLICATES else (0.0, repeats + 1)
         rto = self.rto_s
         for _ in range(timeouts):
             late += rto
             rto = min(RTO_MAX_S, rto * 2)
-        return late, Loss.TIMED_OUT
+        return late, TIMED_OUT
 
     # --- acknowledgements ---
 
-    def acknowledge(self, when: float, segments: int, sent_at: float, loss: Loss = Loss.NONE) -> None:
+    def acknowledge(self, when: float, segments: int, sent_at: float, loss: Loss = NONE) -> None:
         """The acknowledgement of segments sent at ``sent_at`` will be back at ``when``; it is counted when the flow is asked."""
         if self.acks and when < self.acks[-1][0]:
             when = self.acks[-1][0]
@@ -282,10 +293,10 @@ class Flow:
         self.in_flight = max(0, self.in_flight - segments)
         if self.backoffs:
             self.backoffs = 0
-        elif loss is not Loss.TIMED_OUT:
+        elif loss is not TIMED_OUT:
             self._measured(when - sent_at)
         self.stuck_since = None
-        if loss is not Loss.NONE:
+        if loss is not NONE:
             self._lost_some(when, loss)
         elif self.window < self.ssthresh:
             if self.window < 2 * self.peak:
@@ -305,10 +316,10 @@ class Flow:
 
     def _lost_some(self, when: float, loss: Loss) -> None:
         """Losses of one window count once."""
-        if when < self.recover_until and loss is not Loss.TIMED_OUT:
+        if when < self.recover_until and loss is not TIMED_OUT:
             return
         self.ssthresh = max(self.window // 2, WINDOW_SEGMENTS_MIN)
-        self.window = self.ssthresh if loss is Loss.NOTICED else COLLAPSED_SEGMENTS
+        self.window = self.ssthresh if loss is NOTICED else COLLAPSED_SEGMENTS
         self.recover_until = when + self.rtt_s
         self._credit = 0
 
