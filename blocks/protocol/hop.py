@@ -16,6 +16,7 @@ from hashlib import sha256
 from blocks.protocol import limits
 from blocks.protocol.admission import Grant
 from blocks.protocol.cells import HOP_PHASES, HopPhase
+from blocks.protocol.coded_faults import UNKNOWN
 from blocks.protocol.commands import CloseNext, EdgeKey, HopCommand, OpenNext, Reply, SendNext, Submit
 from blocks.protocol.device import JobPriority, JobResult, LeaseKey, ReleaseJob, SpanJob
 from blocks.protocol.journal import Entry, Journal, JournalRoom
@@ -32,7 +33,7 @@ from blocks.protocol.messages import (
     Want,
     Window,
 )
-from blocks.protocol.session_errors import CODES, UNKNOWN, SessionFault
+from blocks.protocol.session_errors import CODES, SessionFault
 from overlay.errors import PeerdError
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
 from routing.types import Hop

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from blocks.protocol import limits
 from blocks.protocol.admission import Admission, Gauge, Grant, Wish
 from blocks.protocol.cells import HOP_CELLS, Age, HopPhase, HopRule
+from blocks.protocol.coded_faults import UNKNOWN
 from blocks.protocol.commands import CloseChannel, EdgeKey, HopCommand, Reply
 from blocks.protocol.decoding import decode
 from blocks.protocol.device import JobResult, LeaseKey, SpanJob
@@ -30,7 +31,7 @@ from blocks.protocol.messages import (
     SessionMessage,
     Window,
 )
-from blocks.protocol.session_errors import CODES, UNKNOWN, BadMessage, SessionFault
+from blocks.protocol.session_errors import CODES, BadMessage, SessionFault
 from overlay.errors import PeerdError
 from overlay.rpc.types import Message, Part
 

@@ -1,23 +1,13 @@
 """The errors of sessions: one class, a stable code each, and what a code means.
 
 Owns the table of codes that travel in `error` and `report` messages, whether a retry can help, and whom each
-blames. Must not know streams or devices. A code that this version doesn't know is the network's, and retryable:
-a newer peer may have better words for a fault that another route avoids.
+blames. Must not know streams or devices.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from overlay.errors import Blame, PeerdError
-
-
-class Meaning(NamedTuple):
-    """What a code says about the next attempt and about the sender."""
-
-    retryable: bool
-    blame: Blame
-
+from blocks.protocol.coded_faults import CodedFault, Meaning
+from overlay.errors import Blame
 
 CODES: dict[str, Meaning] = {
     # A hop can't take the session now. Never a blame: it said so in time.
@@ -54,26 +44,11 @@ CODES: dict[str, Meaning] = {
     "closed": Meaning(False, Blame.US),
 }
 
-UNKNOWN = Meaning(True, Blame.NETWORK)
 
+class SessionFault(CodedFault):
+    """Something that ended a session's route, a window or an `open`."""
 
-class SessionFault(PeerdError):
-    """Something that ended a session's route, a window or an `open`; what it means is looked up by its code.
-
-    Attributes:
-        retry_after_s: when the same hop may be asked again (`busy`), or None.
-    """
-
-    exit_code = 1  # between hops and drivers: a fault that reaches a person has been put into other words
-    http_status = 503
-
-    def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        meaning = CODES.get(code, UNKNOWN)
-        self.code = code
-        self.retryable = meaning.retryable
-        self.blame = meaning.blame
-        self.retry_after_s = retry_after_s
+    MEANINGS = CODES
 
 
 class BadMessage(SessionFault):

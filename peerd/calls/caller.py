@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from blocks.call_service import CallService
 from blocks.protocol import calls
@@ -25,6 +25,7 @@ from overlay.rpc.types import DTYPE_BYTES, Message, Part
 from peerd.calls.remote import call_remote
 from peerd.calls.tape import MicroTape, Section, Tape, section_batch
 from peerd.decoding import DriverModel
+from peerd.in_order import in_order
 from routing.catalog import ModelView
 from routing.health import Health
 from routing.records import SpanRecord, State
@@ -32,7 +33,6 @@ from routing.spread import Spread
 from routing.types import ComputeClass, ModelId, Route, Span
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 MICRO_BATCH_TOKENS = 1024
 CALLS_AHEAD_PER_SERVER = 2
@@ -114,7 +114,7 @@ class BatchCaller:
             return lambda: self._through(job, span, rows.hidden, start, stop)
 
         cuts = self._cuts(batch)
-        done = await _all([through(start, stop) for start, stop in cuts])
+        done = await in_order([through(start, stop) for start, stop in cuts])
         output = joined("hidden", [hidden for hidden, _ in done])
         if not keep_tape:
             return output, None
@@ -133,7 +133,7 @@ class BatchCaller:
             own = calls.rows_of(grad, micro.start, micro.stop)
             return lambda: self._back(job, micro.sections, own, micro.start, micro.stop)
 
-        done = await _all([back(micro) for micro in tape.micros])
+        done = await in_order([back(micro) for micro in tape.micros])
         prompts = [gradients.prompts for gradients in done if gradients.prompts is not None]
         return Gradients(
             joined("hidden", [gradients.hidden for gradients in done]), summed("prompts", prompts) if prompts else None
@@ -327,19 +327,3 @@ class BatchCaller:
 
 def _part(answer: Message, name: str) -> Part:
     return next(part for part in answer.parts if part.name == name)
-
-
-async def _all(works: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> list[Result]:
-    """Run all; results in the order of ``works``. The first error ends the others, and is raised as it is."""
-    failure: PeerdError | None = None
-    tasks: list[asyncio.Task[Result]] = []
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work(), name="micro-batch") for work in works]
-    except* PeerdError as failed:
-        found = failed.exceptions[0]
-        assert isinstance(found, PeerdError)
-        failure = found
-    if failure is not None:
-        raise failure
-    return [task.result() for task in tasks]

@@ -22,9 +22,9 @@ from blocks.protocol.device import (
     JobResult,
     LossJob,
 )
-from overlay.errors import PeerdError
 from overlay.rpc.types import Part
 from peerd.driving import DriverModel
+from peerd.in_order import in_order
 from peerd.training import limits
 from peerd.training.batches import MicroBatch, Plan, cut, pack
 from peerd.training.dataset import Example
@@ -117,7 +117,9 @@ class Trainer:
         values = await learner.values()
         micros = self._micro_batches(self._plan.examples_of(step), self._prefix_length)
         count = sum(micro.count for micro in micros)
-        learned = await _in_order([self._learning(micro, values, scale) for micro in micros])
+        learned = await in_order(
+            [self._learning(micro, values, scale) for micro in micros], at_once=limits.MICRO_BATCHES_AHEAD
+        )
         gradients = {
             name: mean(name, [each.gradients[name] for each in learned], scale * count) for name in sorted(values)
         }
@@ -131,7 +133,9 @@ class Trainer:
             return None
         values = {} if learner is None else await learner.values()
         micros = self._micro_batches(self._plan.evaluation, 0 if learner is None else self._prefix_length)
-        losses = await _in_order([self._evaluating(micro, values) for micro in micros])
+        losses = await in_order(
+            [self._evaluating(micro, values) for micro in micros], at_once=limits.MICRO_BATCHES_AHEAD
+        )
         return sum(losses) / sum(micro.count for micro in micros)
 
     def _micro_batches(self, indices: Sequence[int], prefix: int) -> list[MicroBatch]:
@@ -188,25 +192,6 @@ class Trainer:
         if result.error is not None:
             raise result.error
         return result
-
-
-async def _in_order(works: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> list[Result]:
-    """Run all, `MICRO_BATCHES_AHEAD` at a time; the results are in the order of ``works``. The first error ends the others."""
-    turns = asyncio.Semaphore(limits.MICRO_BATCHES_AHEAD)
-
-    async def in_turn(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        async with turns:
-            return await work()
-
-    failure: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(in_turn(work), name="micro-batch") for work in works]
-    except* PeerdError as failed:
-        failure = failed.exceptions[0]
-    if failure is not None:
-        raise failure
-    return [task.result() for task in tasks]
 
 
 def _there(value: Result | None) -> Result:
