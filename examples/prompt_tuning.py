@@ -37,13 +37,11 @@ def loss_of(conversations: list) -> torch.Tensor:
     return model(inputs_embeds=embeds, attention_mask=mask, labels=torch.cat([-100 * front, labels], 1)).loss
 
 
-def answer(question: str) -> str:
-    """What the model says behind the prompt."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    said = model.generate(inputs_embeds=torch.cat([prompt.detach(), embed(ids)], 1), max_new_tokens=30, do_sample=False)
+def answer(front: torch.Tensor) -> str:
+    """What the model says behind some rows."""
+    chat = [{"role": "user", "content": "What is the opposite of small?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt").input_ids
+    said = model.generate(inputs_embeds=torch.cat([front, embed(ids)], 1), max_new_tokens=30, do_sample=False)
     return tokenizer.decode(said[0], skip_special_tokens=True)
 
 
@@ -60,4 +58,5 @@ for step in range(steps):
     print(f"step {step + 1}/{steps}: loss {loss:.3f}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 with torch.no_grad():
     print(f"loss after: {loss_of(held_back):.3f}")
-print(f"What is the opposite of small? {answer('What is the opposite of small?')}")
+print(f"What is the opposite of small? Without the prompt: {answer(prompt.detach()[:, :0])}")
+print(f"What is the opposite of small? With it: {answer(prompt.detach())}")

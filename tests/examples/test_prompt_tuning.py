@@ -28,4 +28,5 @@ def test_prompt_tuning_learns_the_style_in_a_few_steps(
     before, after = (float(found) for found in re.findall(r"loss (?:before|after): ([\d.]+)", printed))
     assert after < 0.8 * before
     assert len(re.findall(r"step \d/4: loss", printed)) == 4
-    assert re.search(r"opposite of small\? \S", printed)
+    without, _ = re.findall(r"opposite of small\? With[^:]*: (\S.*)", printed)
+    assert without == "The opposite of small is big."  # with the prompt it is still that, after so few steps
