@@ -11,6 +11,7 @@ says so (`NothingWillHappen`) instead of hanging. docs/netsim.md, section 2.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 from collections import deque
@@ -45,7 +46,7 @@ PRUNE_TASKS_MIN = 64
 
 EXECUTOR_DELAY_S = 0.0005
 
-CLOSINGS_MAX = 16
+CLOSINGS_MAX = 1_000
 """Awaits in the clean-up of a dead task that are passed by before it is left to the collector."""
 
 
@@ -489,14 +490,21 @@ def _usual_executor_delay_s(host: str) -> float:
 
 
 def _take_apart(task: asyncio.Task[Any]) -> None:
-    """Close the coroutine of a dead task here, rather than wherever the collector would."""
-    coroutine: Any = task.get_coro()
+    """Close the coroutines of a dead task here, innermost first, rather than wherever the collector would.
+
+    A clean-up that awaits refuses to be closed, and is then asked again where it stands: from outside it would only be dropped.
+    """
+    outermost: Any = task.get_coro()
     for _ in range(CLOSINGS_MAX):
-        try:
-            coroutine.close()
-        except BaseException:  # noqa: BLE001 - a clean-up that awaits, or fails without its loop: nobody hears of it
-            continue
-        return
+        if outermost.cr_frame is None:
+            return
+        innermost = outermost
+        while getattr(innermost.cr_await, "cr_frame", None) is not None:
+            innermost = innermost.cr_await
+        with contextlib.suppress(
+            BaseException
+        ):  # a clean-up that awaits, or fails without its loop: nobody hears of it
+            innermost.close()
 
 
 def _hash_of_gathering(gathering: Any) -> int:

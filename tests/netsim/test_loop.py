@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -146,6 +147,31 @@ def test_nothing_of_a_muted_host_runs_again_not_even_its_clean_up() -> None:
         assert loop.tasks_of("a") == [second]
 
     run(main())
+
+
+def test_the_dead_are_taken_apart_quietly_whatever_their_clean_up_awaits() -> None:
+    async def daemon() -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            for _ in range(40):
+                await asyncio.sleep(1)
+
+    async def life() -> None:
+        try:
+            await daemon()
+        except Exception:
+            await asyncio.sleep(1)
+            raise
+
+    async def main() -> None:
+        loop = virtual()
+        loop.create_task(life(), context=loop.context_of("a"))
+        await asyncio.sleep(1)
+        loop.mute("a")
+
+    run(main())
+    gc.collect()  # what was dropped while it stood in its clean-up would say so now
 
 
 def test_timers_of_one_moment_run_in_the_order_of_their_creation() -> None:
