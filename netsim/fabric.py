@@ -437,6 +437,8 @@ class Fabric:
             end.serial = end.kernel.opened
             end.kernel.ends[end.serial] = end
             self._lay(end)
+        for end in (here, there):
+            end.flow.measured(here.path.delay_s + there.path.delay_s)
         dial.here = here
         return there
 

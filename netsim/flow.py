@@ -294,7 +294,7 @@ class Flow:
         if self.backoffs:
             self.backoffs = 0
         elif loss is not TIMED_OUT:
-            self._measured(when - sent_at)
+            self.measured(when - sent_at)
         self.stuck_since = None
         if loss is not NONE:
             self._lost_some(when, loss)
@@ -307,7 +307,8 @@ class Flow:
                 self._credit -= self.window
                 self.window += 1
 
-    def _measured(self, rtt_s: float) -> None:
+    def measured(self, rtt_s: float) -> None:
+        """A round trip, the handshake's or an acknowledgement's (RFC 6298)."""
         if not self.rtt_s:
             self.rtt_s, self.rttvar_s = rtt_s, rtt_s / 2
             return

@@ -278,9 +278,7 @@ class Wire:
         name = other.kernel.name
         if isinstance(payload, Fin):
             self.trace.add("fin", name, end.kernel.name)
-            if end.socket is ORPHANED:
-                end.socket = DEAD
-                end.kernel.ends.pop(end.serial, None)
+            self._over(end)
         elif end.cut_after is not None and other.arrived_bytes + count >= end.cut_after:
             self._cut_here(end, other, payload)
             return
@@ -297,9 +295,17 @@ class Wire:
             other.receive(payload[:allowed], 0.0)
         self.reset(end)
 
+    @staticmethod
+    def _over(end: FabricConnection) -> None:
+        """Its end was heard: an end that nobody holds any more is done with."""
+        if end.socket is ORPHANED:
+            end.socket = DEAD
+            end.kernel.ends.pop(end.serial, None)
+
     def _refused(self, end: FabricConnection, other: FabricConnection, payload: Payload) -> None:
         """Bytes came to an end that nobody reads: its kernel answers with a reset."""
         if isinstance(payload, Fin):
+            self._over(end)
             return
         if other.socket is ORPHANED:
             other.broken(reset_error())

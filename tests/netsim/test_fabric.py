@@ -10,7 +10,8 @@ import pytest
 
 from netsim.connection import FabricConnection
 from netsim.fabric import Card, Fabric, Path
-from netsim.loop import run
+from netsim.loop import UntakenError, run
+from netsim.nat import site
 from netsim.trace import Trace
 from overlay.errors import DialError
 from overlay.multiaddr import tcp_address
@@ -158,5 +159,543 @@ def test_closing_delivers_what_was_written_and_both_ends_hear_it_once() -> None:
         await asyncio.sleep(1)
         assert other.heard == b"last words"
         assert (one.ended, other.ended, other.eofs) == ([None], [None], 1)
+
+    simulate(main)
+
+
+def test_aborting_drops_what_the_kernel_didnt_take_and_the_rest_arrives() -> None:
+    async def main() -> None:
+        one, other = await World().pair()
+        one.pipe.write(bytes(1_000_000))
+        assert one.pipe.get_write_buffer_size() > 0
+        one.pipe.abort()
+        one.pipe.write(b"ignored")
+        await asyncio.sleep(5)
+        assert 0 < len(other.heard) < 1_000_000
+        assert (one.ended, other.ended) == ([None], [None])
+
+    simulate(main)
+
+
+def test_closing_with_unread_bytes_resets_the_other_end() -> None:
+    async def main() -> None:
+        one, other = await World().pair()
+        one.pipe.pause_reading()
+        other.pipe.write(b"never read")
+        await asyncio.sleep(1)
+        one.pipe.close()
+        await asyncio.sleep(1)
+        assert one.heard == b""
+        assert isinstance(other.ended[0], ConnectionResetError)
+
+    simulate(main)
+
+
+def test_bytes_for_a_closed_end_are_answered_with_a_reset() -> None:
+    async def main() -> None:
+        one, other = await World().pair()
+        other.pipe.pause_reading()  # so that it doesn't see the end
+        one.pipe.close()
+        await asyncio.sleep(1)
+        assert (one.ended, other.ended) == ([None], [])
+        other.pipe.write(b"too late")
+        await asyncio.sleep(1)
+        other.pipe.write(b"now it hears of it")
+        await asyncio.sleep(1)
+        assert isinstance(other.ended[0], ConnectionResetError)
+
+    simulate(main)
+
+
+def test_a_killed_process_leaves_its_last_words_and_an_end_and_after_that_resets() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        second, _ = await world.pair("a", "b", 4002)
+        listener = await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4003), Ear)
+        other.pipe.write(b"last words")
+        second.pipe.write(b"in flight when it dies")
+        world.fabric.process_died("b")
+        await asyncio.sleep(1)
+        assert one.heard == b"last words"
+        assert (one.eofs, one.ended) == (1, [None])
+        assert isinstance(second.ended[0], ConnectionResetError | None)
+        assert other.ended == []  # nobody is left who could hear it
+        with pytest.raises(DialError, match="refused"):
+            await world.fabric.transport("a").dial(tcp_address(ADDRESSES["b"], 4003), Ear)
+        listener.close()
+        assert world.fabric.connection_count("a") == world.fabric.connection_count("b") == 0
+
+    simulate(main)
+
+
+def test_a_dead_processs_transport_reaches_nobody() -> None:
+    async def main() -> None:
+        world = World()
+        transport = world.fabric.transport("a")
+        one, other = await world.pair()
+        world.fabric.process_died("a")
+        with pytest.raises(DialError, match="dead"):
+            await transport.dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+        one.pipe.write(b"from beyond")
+        one.pipe.close()
+        await asyncio.sleep(1)
+        assert other.heard == b""
+        assert world.fabric.transport("a").can_dial(tcp_address(ADDRESSES["b"], 4001))
+
+    simulate(main)
+
+
+def test_a_host_without_power_leaves_the_other_end_half_open_until_its_time_outs_are_over() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        world.fabric.power_off("b")
+        began = world.loop.time()
+        await asyncio.sleep(4000)
+        assert one.ended == []  # it said nothing, so it learns nothing
+        one.pipe.write(b"anybody there?")
+        began = world.loop.time()
+        while not one.ended:
+            await asyncio.sleep(1)
+        assert isinstance(one.ended[0], TimeoutError)
+        # 0.2 s over the round trip of 0.1 s, doubled 15 times up to 120 s: 0.3 + 0.6 + ... + 76.8 + 7 * 120
+        assert world.loop.time() - began == pytest.approx(153.3 + 7 * 120, rel=0.05)
+        assert (bytes(other.heard), other.ended) == (b"", [])
+
+    simulate(main)
+
+
+def test_a_host_that_got_its_power_back_answers_old_connections_with_a_reset() -> None:
+    async def main() -> None:
+        world = World()
+        one, _ = await world.pair()
+        world.fabric.power_off("b")
+        await asyncio.sleep(10)
+        one.pipe.write(b"anybody there?")
+        await asyncio.sleep(2)
+        assert one.ended == []
+        world.fabric.power_on("b")
+        await asyncio.sleep(10)
+        assert isinstance(one.ended[0], ConnectionResetError)
+        await world.pair(port=4002)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_what_a_partition_swallows_arrives_once_it_is_healed(both_ways: bool) -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        one.pipe.write(b"in flight, ")
+        number = world.fabric.partition(["a"], ["b"], both_ways=both_ways)
+        one.pipe.write(b"and after it")
+        other.pipe.write(b"the other way")
+        await asyncio.sleep(5)
+        assert other.heard == b""
+        assert bytes(one.heard) == (b"" if both_ways else b"the other way")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30):
+                await world.fabric.transport("b").dial(tcp_address(ADDRESSES["a"], 1), Ear)
+        world.fabric.heal(number)
+        await asyncio.sleep(60)
+        assert (bytes(other.heard), bytes(one.heard)) == (b"in flight, and after it", b"the other way")
+        assert one.ended == other.ended == []
+        with pytest.raises(DialError, match="refused"):
+            await world.fabric.transport("b").dial(tcp_address(ADDRESSES["a"], 1), Ear)
+
+    simulate(main)
+
+
+def test_acknowledgements_that_never_come_end_a_connection_whose_bytes_all_arrived() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        world.fabric.set_path("b", "a", Path(delay_s=0.05, is_black_hole=True))
+        one.pipe.write(b"heard, and never known to be")
+        await asyncio.sleep(500)
+        assert (bytes(other.heard), one.ended) == (b"heard, and never known to be", [])
+        await asyncio.sleep(1000)
+        assert isinstance(one.ended[0], TimeoutError)
+        assert other.ended == []
+
+    simulate(main)
+
+
+def test_partitions_add_up_and_heal_one_by_one() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        first = world.fabric.partition(["a"], ["b", "c"])
+        second = world.fabric.partition(["b"], ["a"], both_ways=False)
+        world.fabric.heal(first)
+        one.pipe.write(b"there")
+        other.pipe.write(b"back")
+        await asyncio.sleep(30)
+        assert (bytes(other.heard), bytes(one.heard)) == (b"there", b"")
+        world.fabric.heal(second)
+        world.fabric.heal(second)
+        await asyncio.sleep(100)
+        assert bytes(one.heard) == b"back"
+
+    simulate(main)
+
+
+def test_a_reset_and_a_cut_at_a_byte_are_heard_at_both_ends() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        world.fabric.reset("b", "a")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+        assert [type(error) for error in one.ended + other.ended] == [ConnectionResetError] * 2
+        world.fabric.cut_after("a", "b", 1000)
+        one, other = await world.pair(port=4002)
+        one.pipe.write(bytes(999))
+        await asyncio.sleep(1)
+        assert (len(other.heard), other.ended) == (999, [])
+        one.pipe.write(bytes(100))
+        await asyncio.sleep(1)
+        assert len(other.heard) == 1000
+        assert [type(error) for error in one.ended + other.ended] == [ConnectionResetError] * 2
+
+    simulate(main)
+
+
+def test_a_frozen_process_hears_nothing_while_its_kernel_accepts_acknowledges_and_fills_its_window() -> None:
+    async def main() -> None:
+        world = World(card=Card(receive_window_bytes=100_000))
+        loop = asyncio.get_running_loop()
+        accepted: list[Ear] = []
+
+        def accept() -> Ear:
+            accepted.append(Ear())
+            return accepted[-1]
+
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 9), accept)
+        one, other = await world.pair()
+        loop.freeze("b")  # type: ignore[attr-defined]
+        new = await world.fabric.transport("a").dial(tcp_address(ADDRESSES["b"], 9), Ear)
+        assert isinstance(new, Ear)
+        new.pipe.write(b"hello")
+        sent = bytes(range(256)) * 4000
+        one.pipe.write(sent)
+        await asyncio.sleep(3600)
+        assert (bytes(other.heard), accepted, one.ended) == (b"", [], [])
+        assert one.pipe.get_write_buffer_size() == len(sent) - 100_000 - Card().notsent_lowat_bytes
+        loop.thaw("b")  # type: ignore[attr-defined]
+        await asyncio.sleep(10)
+        assert bytes(other.heard) == sent
+        assert bytes(accepted[0].heard) == b"hello"
+        one.pipe.close()
+        await asyncio.sleep(1)
+        assert other.ended == [None]
+
+    simulate(main)
+
+
+def test_a_sleeping_machine_neither_hears_nor_answers_and_loses_nothing() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        world.fabric.sleep("b")
+        one.pipe.write(b"asleep?")
+        await asyncio.sleep(100)
+        assert other.heard == b""
+        world.fabric.wake("b")
+        await asyncio.sleep(200)
+        assert (bytes(other.heard), one.ended) == (b"asleep?", [])
+
+    simulate(main)
+
+
+def test_a_slow_reader_stops_its_sender_and_starts_it_again() -> None:
+    async def main() -> None:
+        world = World(card=Card(receive_window_bytes=200_000))
+        one, other = await world.pair()
+        other.pipe.pause_reading()
+        one.pipe.write(bytes(2_000_000))
+        assert one.paused == 1
+        await asyncio.sleep(60)
+        assert len(other.heard) == 0
+        assert one.pipe.get_write_buffer_size() == 2_000_000 - 200_000 - Card().notsent_lowat_bytes
+        other.pipe.resume_reading()
+        await asyncio.sleep(60)
+        assert len(other.heard) == 2_000_000
+        assert one.paused == 0
+
+    simulate(main)
+
+
+def test_an_uplink_is_shared_by_bytes_and_a_small_message_waits_for_few_of_anothers() -> None:
+    async def main() -> None:
+        world = World(card=Card(uplink_bytes_per_s=1_000_000))
+        one, bulk = await world.pair()
+        two, other_bulk = await world.pair("a", "c")
+        three, small = await world.pair("a", "c", 4002)
+        began = world.loop.time()
+        one.pipe.write(bytes(1_000_000))
+        two.pipe.write(bytes(1_000_000))
+        await asyncio.sleep(0.5)
+        three.pipe.write(b"decode")
+        asked = world.loop.time()
+        await asyncio.sleep(0.2)
+        assert small.times[0] - asked == pytest.approx(0.05, abs=0.005)
+        assert len(bulk.heard) == pytest.approx(len(other_bulk.heard), rel=0.05)
+        await asyncio.sleep(10)
+        assert len(bulk.heard) == len(other_bulk.heard) == 1_000_000
+        last = max(bulk.times[-1], other_bulk.times[-1])
+        assert last - began == pytest.approx(2.05, abs=0.15)
+
+    simulate(main)
+
+
+def test_a_downlink_is_shared_by_all_who_send_there() -> None:
+    async def main() -> None:
+        world = World()
+        world.fabric.add_host("d", "20.3.0.1", Card(downlink_bytes_per_s=1_000_000))
+        ADDRESSES["d"] = "20.3.0.1"
+        pairs = [await world.pair(name, "d", 4001 + number) for number, name in enumerate(("a", "b"))]
+        began = world.loop.time()
+        for one, _ in pairs:
+            one.pipe.write(bytes(1_000_000))
+        await asyncio.sleep(30)
+        assert [len(other.heard) for _, other in pairs] == [1_000_000, 1_000_000]
+        last = max(other.times[-1] for _, other in pairs)
+        assert last - began == pytest.approx(2.05, abs=0.4)
+
+    simulate(main)
+
+
+def test_a_path_with_a_rate_drops_the_tail_of_its_queue_and_carries_nearly_its_rate() -> None:
+    async def main() -> None:
+        world = World(Path(delay_s=0.01, bytes_per_s=1_000_000, queue_bytes=64 << 10))
+        one, other = await world.pair()
+        began = world.loop.time()
+        one.pipe.write(bytes(5_000_000))
+        await asyncio.sleep(60)
+        assert len(other.heard) == 5_000_000
+        assert 0.7 < 5.0 / (other.times[-1] - began) <= 1.0
+
+    simulate(main)
+
+
+def test_a_long_fat_path_is_filled_once_the_buffers_are_raised() -> None:
+    async def throughput(card: Card) -> float:
+        world = World(Path(delay_s=0.05), card)
+        one, other = await world.pair()
+        one.pipe.write(bytes(250_000_000))
+        await asyncio.sleep(4)
+        before = len(other.heard)
+        began = world.loop.time()
+        while len(other.heard) < 250_000_000 and world.loop.time() < began + 1:
+            await asyncio.sleep(0.05)
+        return (len(other.heard) - before) / (world.loop.time() - began)
+
+    async def main() -> None:
+        line = 125_000_000.0
+        usual = await throughput(Card(uplink_bytes_per_s=line))
+        assert usual == pytest.approx((4 << 20) / 0.1, rel=0.1)
+
+    simulate(main)
+
+
+def test_loss_costs_what_the_formula_of_mathis_says() -> None:
+    async def main() -> None:
+        world = World(Path(delay_s=0.05, loss=0.01))
+        one, other = await world.pair()
+        one.pipe.write(bytes(20_000_000))
+        await asyncio.sleep(60)
+        rate = len(other.heard) / 60
+        mathis = 1460 / 0.1 * 1.22 / 0.01**0.5
+        assert mathis / 1.5 < rate < mathis * 1.5
+
+    simulate(main)
+
+
+def test_a_lost_tail_arrives_after_a_time_out() -> None:
+    async def main() -> None:
+        world = World()
+        one, other = await world.pair()
+        one.pipe.write(b"warm")
+        await asyncio.sleep(1)
+        world.fabric.set_path("a", "b", Path(delay_s=0.05, loss=0.5))
+        times = []
+        for _ in range(60):
+            began = world.loop.time()
+            one.pipe.write(b"x")
+            await asyncio.sleep(100)
+            times.append(other.times[-1] - began)
+        late = sorted(times)
+        assert late[0] == pytest.approx(0.05)
+        assert 15 < sum(time > 0.3 for time in times) < 45
+        assert late[-1] > 0.9
+
+    simulate(main)
+
+
+def test_a_lost_syn_is_sent_again_after_a_second() -> None:
+    async def main() -> None:
+        world = World()
+        number = world.fabric.partition(["a"], ["b"])
+        accepted = Ear()
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4001), lambda: accepted)
+        began = world.loop.time()
+        world.loop.call_later(2.0, world.fabric.heal, number)
+        await world.fabric.transport("a").dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+        assert world.loop.time() - began == pytest.approx(3.1)
+
+    simulate(main)
+
+
+def test_a_dial_that_was_given_up_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        world = World()
+        accepted = Ear()
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4001), lambda: accepted)
+        for patience in (0.01, 0.07, 0.11):
+            dialled = asyncio.get_running_loop().create_task(
+                world.fabric.transport("a").dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+            )
+            await asyncio.sleep(patience)
+            dialled.cancel()
+            await asyncio.wait([dialled])
+            if not dialled.cancelled():
+                ear = dialled.result()
+                assert isinstance(ear, Ear)
+                ear.pipe.abort()
+            await asyncio.sleep(5)
+            assert world.fabric.connection_count("a") == world.fabric.connection_count("b") == 0
+
+    simulate(main)
+
+
+def test_an_exception_out_of_a_protocol_ends_its_connection_and_fails_the_run() -> None:
+    class Broken(Ear):
+        def buffer_updated(self, nbytes: int) -> None:
+            raise ValueError("bad bytes")
+
+    async def main() -> None:
+        world = World()
+        broken = Broken()
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4001), lambda: broken)
+        one = await world.fabric.transport("a").dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+        assert isinstance(one, Ear)
+        one.pipe.write(b"x")
+        await asyncio.sleep(1)
+        assert isinstance(broken.ended[0], ValueError)
+        assert one.ended == [None]
+
+    with pytest.raises(UntakenError, match="bad bytes"):
+        simulate(main)
+
+
+def test_the_same_seed_gives_the_same_trace() -> None:
+    def once() -> str:
+        async def main() -> str:
+            world = World(Path(delay_s=0.02, jitter_s=0.01, loss=0.02), Card(uplink_bytes_per_s=500_000))
+            one, other = await world.pair()
+            back, _ = await world.pair("c", "a")
+            for ear in (one, other, back):
+                ear.pipe.write(bytes(300_000))
+            await asyncio.sleep(60)
+            return world.trace.hexdigest()
+
+        return run(main())
+
+    assert once() == once()
+
+
+def boxed(world: World, name: str, kind: str, number: int) -> str:
+    """A host behind a box; gives its public address."""
+    public, private = f"30.0.0.{number}", f"10.0.0.{number}"
+    address, boxes = site(kind, public, private, 4001)
+    world.fabric.add_host(name, address, nat=boxes)
+    return public
+
+
+def test_a_host_behind_a_box_dials_out_is_seen_by_the_boxs_address_and_cant_be_dialled() -> None:
+    async def main() -> None:
+        world = World()
+        public = boxed(world, "home", "port-restricted", 1)
+        accepted = Ear()
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4001), lambda: accepted)
+        await world.fabric.transport("home").listen(tcp_address("0.0.0.0", 4001), Ear)
+        one = await world.fabric.transport("home").dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+        assert isinstance(one, Ear)
+        one.pipe.write(b"out")
+        await asyncio.sleep(1)
+        assert accepted.heard == b"out"
+        assert accepted.pipe.get_extra_info("peername")[0] == public
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(60):
+                await world.fabric.transport("b").dial(tcp_address(public, 4001), Ear)
+        forwarded = boxed(world, "gamer", "forwarded", 2)
+        await world.fabric.transport("gamer").listen(tcp_address("0.0.0.0", 4001), Ear)
+        await world.fabric.transport("home").dial(tcp_address(forwarded, 4001), Ear)
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meets"),
+    [
+        ("port-restricted", "port-restricted", True),
+        ("full-cone", "symmetric", True),
+        ("port-restricted", "symmetric", False),
+    ],
+)
+def test_two_dials_that_cross_make_one_connection_where_both_boxes_let_them(one: str, other: str, meets: bool) -> None:
+    async def main() -> None:
+        world = World()
+        publics = {
+            name: boxed(world, name, kind, number)
+            for number, (name, kind) in enumerate({"x": one, "y": other}.items(), 1)
+        }
+        tries = []
+        for name, target in (("x", "y"), ("y", "x")):
+            transport = world.fabric.transport(name)
+            await transport.listen(tcp_address("0.0.0.0", 4001), Ear)
+            tries.append(
+                asyncio.get_running_loop().create_task(
+                    transport.dial(tcp_address(publics[target], 4001), Ear, local_port=4001)
+                )
+            )
+        done, pending = await asyncio.wait(tries, timeout=30)
+        if not meets:
+            assert not done
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending)
+            return
+        assert len(done) >= 1
+        first = next(task for task in tries if task in done).result()
+        assert isinstance(first, Ear)
+        first.pipe.write(b"hello")
+        await asyncio.sleep(1)
+        assert world.fabric.connection_count("x") == world.fabric.connection_count("y") == 1
+        for task in pending:
+            task.cancel()
+
+    simulate(main)
+
+
+def test_a_box_forgets_a_connection_that_was_silent_for_two_hours() -> None:
+    async def main() -> None:
+        world = World()
+        boxed(world, "home", "port-restricted", 1)
+        accepted = Ear()
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4001), lambda: accepted)
+        one = await world.fabric.transport("home").dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+        assert isinstance(one, Ear)
+        for pause in (7000, 7000, 7600):
+            one.pipe.write(b"x")
+            await asyncio.sleep(pause)
+        accepted.pipe.write(b"still there?")
+        await asyncio.sleep(500)
+        assert (bytes(accepted.heard), bytes(one.heard)) == (b"xxx", b"")
+        await asyncio.sleep(1000)
+        assert isinstance(accepted.ended[0], TimeoutError)
 
     simulate(main)
