@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+from netsim.metrics import STATISTICS
 from netsim.outcome import Checked, Outcome
 
 BAR_CELLS = 30
@@ -86,13 +87,22 @@ def run_lines(outcome: Outcome, about: str, *, full: bool = True) -> list[str]:
     rows = [("check", "value", "bound", "")]
     rows += [(one.metric, said(one.value), one.bound, "ok" if one.holds else "FAILED") for one in outcome.checks]
     lines += table(rows, right=(1,))
-    checked = {one.metric for one in outcome.checks}
-    others = [(name, said(value)) for name, value in outcome.numbers.items() if name not in checked]
-    if others and full:
-        lines += ["", *table([("also measured", "value"), *others], right=(1,))]
+    if full:
+        lines += _measured_lines(outcome)
     if not outcome.passed:
         lines += ["", *failure_lines(outcome)]
     return lines
+
+
+def _measured_lines(outcome: Outcome) -> list[str]:
+    """Everything that was measured: observed names in one table with their statistics, plain numbers in another."""
+    counted = [name.removesuffix(".count") for name in outcome.numbers if name.endswith(".count")]
+    observed = [name for name in counted if f"{name}.p50" in outcome.numbers]
+    told = {f"{name}.{statistic}" for name in observed for statistic in STATISTICS}
+    plain = [(name, said(value)) for name, value in outcome.numbers.items() if name not in told]
+    rows = [(name, *(said(outcome.numbers[f"{name}.{statistic}"]) for statistic in STATISTICS)) for name in observed]
+    lines = ["", *table([("observed", *STATISTICS), *rows], right=range(1, 8))] if rows else []
+    return lines + (["", *table([("measured", "value"), *plain], right=(1,))] if plain else [])
 
 
 def failure_lines(outcome: Outcome) -> list[str]:

@@ -54,7 +54,7 @@ def test_one_run_tells_its_checks_what_else_was_measured_and_no_failure() -> Non
     text = "\n".join(run_lines(outcome(1, 1.5), "Lookups are quick."))
     assert "30 times as fast" in text
     assert "lookup_s.p50   1.50  <= 2   ok" in text
-    assert "found" in text
+    assert "found            12" in text
     assert "FAILED" not in text
 
 
