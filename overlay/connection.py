@@ -20,6 +20,7 @@ from overlay.errors import ConnectionLost, LimitExceeded, PeerdError, ProtocolVi
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr, tcp_address
 from overlay.noise.transport import PLAINTEXT_BYTES_MAX, CipherState, FrameSplitter
+from overlay.pacing import Pacer, UrgentTraffic
 from overlay.stream import Priority, Stream
 from overlay.upgrade import Upgrade
 from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, HEADER_BYTES, Lane, Session
@@ -56,6 +57,8 @@ class ConnectionStatistics:
 
 class ConnectionOwner(Protocol):
     """What a connection tells its host; synchronous."""
+
+    urgent: UrgentTraffic
 
     def connection_admitted(self, connection: Connection) -> bool: ...
     def connection_upgraded(self, connection: Connection) -> None: ...
@@ -97,6 +100,9 @@ class Connection(asyncio.BufferedProtocol):
         self._blocked_at = 0.0
         self._blocked_bytes = 0
         self._uplink: float | None = None
+        self._pacer = Pacer()
+        self._is_paced = False
+        self._bulk_sent_at: float | None = None
         self._pumping = False
         self._reading = False
         self.was_left = False
@@ -261,6 +267,12 @@ class Connection(asyncio.BufferedProtocol):
         if self.session.local_gone and not self.session.lanes:
             self.close_nowait()
 
+    def mark_echoed(self, number: int) -> None:
+        """What was written before the mark has arrived: there is room for more bulk, with the next write."""
+        self._pacer.echoed(number, self.sent_bytes, self._now())
+        if self._pacer.rate is not None:
+            self._uplink = self._pacer.rate
+
     def go_away(self, code: int) -> None:
         if code != GOAWAY_NORMAL:
             self._fail(ConnectionLost(f"The peer ended the connection (go-away {code})."))
@@ -304,7 +316,7 @@ class Connection(asyncio.BufferedProtocol):
         """Put a stream that has something to send in its priority's queue."""
         if not stream.scheduled and stream.outgoing:
             stream.scheduled = True
-            self._ready[stream.priority].append(stream)
+            self._ready[stream.rank].append(stream)
 
     # --- the writer ---
 
@@ -329,7 +341,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _chunk_bytes(self) -> int:
         if self._uplink is None:
-            return limits.CHUNK_BYTES_MAX
+            return limits.CHUNK_BYTES_PACED if self._is_paced else limits.CHUNK_BYTES_MAX
         return min(limits.CHUNK_BYTES_MAX, max(limits.CHUNK_BYTES_MIN, int(self._uplink * limits.CHUNK_SECONDS)))
 
     def _fill(self) -> list[bytes | memoryview]:
@@ -340,7 +352,9 @@ class Connection(asyncio.BufferedProtocol):
             control = self.session.poll_control()
             pieces.append(control)
             room -= len(control)
-        for queue in self._ready:
+        for rank, queue in enumerate(self._ready):
+            if rank >= Priority.BULK and queue and not self._may_send_bulk():
+                break
             while queue and room > HEADER_BYTES:
                 stream = queue.popleft()
                 stream.scheduled = False
@@ -349,6 +363,21 @@ class Connection(asyncio.BufferedProtocol):
             if queue:
                 break
         return _joined(pieces)
+
+    def _may_send_bulk(self) -> bool:
+        """Whether bulk may add to what is under way: always, unless something urgent of this host shares the uplink."""
+        now, position = self._now(), self.sent_bytes
+        if not self._owner.urgent.is_live(now):
+            self._is_paced = False
+            self._bulk_sent_at = now
+            return True
+        if not self._is_paced:
+            self._is_paced = True
+            is_full = self._bulk_sent_at is not None and now - self._bulk_sent_at < limits.URGENT_LIFE_S
+            self._pacer.begin(position, now, self.rtt_s, is_full=is_full)
+        if self._pacer.wants_mark(position, now):
+            self.session.mark(self._pacer.mark(position, now))
+        return self._pacer.room(position) > 0
 
     def _write_long_control(self) -> None:
         """More control frames than one message holds go out in messages of their own; data follows after them."""
@@ -372,6 +401,8 @@ class Connection(asyncio.BufferedProtocol):
         budget = min(room - HEADER_BYTES, lane.send_window, stream.outgoing_bytes)
         if budget <= 0:
             return 0
+        if stream.rank is Priority.DECODE:
+            self._owner.urgent.last_at = self._now()
         pieces.append(self.session.data_header(lane, budget))
         left = budget
         while left:

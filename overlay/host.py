@@ -27,6 +27,7 @@ from overlay.idle import to_leave
 from overlay.introductions import Introduced, Introductions
 from overlay.multiaddr import Multiaddr
 from overlay.noise.handshake import Handshake
+from overlay.pacing import UrgentTraffic
 from overlay.ping import PING, answer_pings
 from overlay.ports import Listener, Ports, Randomness
 from overlay.stream import Priority, Stream
@@ -129,6 +130,7 @@ class Host:
         self._inbound: dict[tuple[PeerId, str], int] = {}
         self._on_open: list[ConnectionListener] = []
         self._on_close: list[ConnectionListener] = []
+        self.urgent = UrgentTraffic()
         self._gate = HandshakeGate(exempt_private=not self.config.rate_limit_private)
         self._tasks: asyncio.TaskGroup | None = None
         self._maintenance: asyncio.Task[None] | None = None
@@ -499,7 +501,7 @@ class Host:
             connection.abort(ConnectionLost("The peer fell silent."))
         elif quiet > limits.PING_IDLE_S and sent is None and is_wanted:
             connection.session.ping(now)
-            connection.pump()
+        connection.pump()
 
 
 class _Left(ConnectionLost):

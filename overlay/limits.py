@@ -4,13 +4,20 @@ from __future__ import annotations
 
 RECEIVE_RING_BYTES = 256 << 10
 """One receive buffer per event loop, shared by all sockets: it is consumed before `buffer_updated` returns."""
-WRITE_HIGH_WATER_BYTES = 256 << 10
-WRITE_LOW_WATER_BYTES = 64 << 10
+WRITE_HIGH_WATER_BYTES = 64 << 10
+WRITE_LOW_WATER_BYTES = 16 << 10
+"""What waits in a transport can't be overtaken; while the kernel has `NOTSENT_LOWAT_BYTES` of its own, more buys no speed."""
 CHUNK_BYTES_MAX = 64 << 10
 CHUNK_BYTES_MIN = 4 << 10
+CHUNK_BYTES_PACED = 8 << 10
+"""Beside urgent messages, on an uplink that wasn't measured yet."""
 CHUNK_SECONDS = 0.005
 """A frame is at most this long on the measured uplink, so that priorities act."""
 NOTSENT_LOWAT_BYTES = 128 << 10
+URGENT_BYTES_MAX = 64 << 10
+"""A stream for decoding on which more waits than this carries a prompt, which may wait for others' tokens."""
+URGENT_LIFE_S = 5.0
+"""So long after the last urgent bytes of this host, its bulk leaves room on the uplink for more of them."""
 
 STREAM_SEND_QUEUE_BYTES = 256 << 20
 """What `write_nowait` may queue on a stream: senders are bounded by their own credits well below it."""

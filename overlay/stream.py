@@ -65,6 +65,7 @@ class Stream:
         self.outgoing: deque[memoryview] = deque()
         self.outgoing_bytes = 0
         self.scheduled = False
+        self._is_heavy = False
         self._finish_after_drain = False
         self._writable = asyncio.Event()
         self._writable.set()
@@ -72,6 +73,11 @@ class Stream:
     @property
     def remote_peer(self) -> PeerId:
         return self.connection.remote_peer
+
+    @property
+    def rank(self) -> Priority:
+        """The priority of what is queued now: a long prompt is bulk, whatever its stream is for, until the last of it has left."""
+        return Priority.BULK if self._is_heavy and self.priority is Priority.DECODE else self.priority
 
     @property
     def error(self) -> PeerdError | None:
@@ -224,10 +230,14 @@ class Stream:
                 view = memoryview(buffer).cast("B")
                 self.outgoing.append(view)
                 self.outgoing_bytes += len(view)
+        if self.outgoing_bytes > limits.URGENT_BYTES_MAX:
+            self._is_heavy = True
         self.connection.schedule(self)
 
     def sent(self) -> None:
         """The connection moved bytes off the queue."""
+        if not self.outgoing:
+            self._is_heavy = False
         if self.outgoing_bytes <= limits.STREAM_WRITE_HIGH_WATER_BYTES:
             self._writable.set()
         if self._finish_after_drain and not self.outgoing:

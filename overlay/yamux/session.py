@@ -38,6 +38,8 @@ CONTROL_QUEUE_BYTES_MAX = 1 << 20
 GROWTH_RTTS = 4
 RTT_UNKNOWN_S = 0.1
 DEAD_STREAMS_REMEMBERED = 4096
+MARK_BIT = 1 << 31
+"""Pings with this bit are marks in what is sent (`Session.mark`); the others ask whether the peer lives."""
 
 
 class LaneState(Enum):
@@ -106,6 +108,7 @@ class Events(Protocol):
     def lane_reset(self, lane: Lane) -> None: ...
     def lane_window(self, lane: Lane) -> None: ...
     def pong(self, rtt_s: float) -> None: ...
+    def mark_echoed(self, number: int) -> None: ...
     def go_away(self, code: int) -> None: ...
 
 
@@ -206,9 +209,13 @@ class Session:
     def ping(self, now: float) -> None:
         """Queue a ping unless one is under way."""
         if self._ping_sent is None:
-            self._ping_value = (self._ping_value + 1) & 0xFFFFFFFF
+            self._ping_value = (self._ping_value + 1) & (MARK_BIT - 1)
             self._ping_sent = now
             self._queue(HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, self._ping_value))
+
+    def mark(self, number: int) -> None:
+        """Queue a ping that asks nothing but when what was written before it has arrived; `Events.mark_echoed` tells."""
+        self._queue(HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, MARK_BIT | number))
 
     @property
     def ping_sent_at(self) -> float | None:
@@ -368,6 +375,8 @@ class Session:
             self._pongs += 1
             if self._pongs <= PONGS_QUEUED_MAX:
                 self._queue(HEADER.pack(0, TYPE_PING, FLAG_ACK, 0, value))
+        elif flags & FLAG_ACK and value & MARK_BIT:
+            self._events.mark_echoed(value & (MARK_BIT - 1))
         elif flags & FLAG_ACK and self._ping_sent is not None and value == self._ping_value:
             rtt = max(now - self._ping_sent, 1e-6)
             self._ping_sent = None

@@ -59,6 +59,9 @@ class Recorder:
     def pong(self, rtt_s: float) -> None:
         self.story.append(("pong", rtt_s))
 
+    def mark_echoed(self, number: int) -> None:
+        self.story.append(("echoed", number))
+
     def go_away(self, code: int) -> None:
         self.story.append(("go away", code))
 
@@ -103,6 +106,17 @@ def test_a_ping_is_answered_ahead_of_data_and_ours_measures() -> None:
     session.receive(frame(TYPE_PING, FLAG_ACK, 0, value), 1.25)
     assert recorder.story == [("pong", 0.25)]
     assert session.rtt_s == 0.25
+
+
+def test_a_mark_is_echoed_as_itself_and_is_no_answer_to_a_ping() -> None:
+    session, recorder = server()
+    session.ping(1.0)
+    session.mark(7)
+    frames = session.poll_control()
+    value = HEADER.unpack(frames[12:])[4]
+    session.receive(frame(TYPE_PING, FLAG_ACK, 0, value), 1.25)
+    assert recorder.story == [("echoed", 7)]
+    assert session.ping_sent_at == 1.0
 
 
 def test_an_unasked_pong_changes_nothing() -> None:
