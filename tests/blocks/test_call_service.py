@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from blocks.protocol.device import JobResult
 from overlay.errors import PeerdError
 from overlay.rpc import signing
 from overlay.rpc.channel import MessageChannel
-from overlay.rpc.types import Part
+from overlay.rpc.frame import encode_header
+from overlay.rpc.signing import sign
+from overlay.rpc.types import Message, Part
 from overlay.stream import Stream
 from peerd.calls.remote import call_remote
 from routing.types import Span
@@ -194,5 +198,58 @@ def test_the_bodies_of_a_call_are_hashed_once_on_each_side(model: Path, monkeypa
             "prompts",
         ]  # the request at the caller, the answer at the server; readers hash what they read
         assert answer.header["digest"] == request.digest()
+
+    run(model, work)
+
+
+@pytest.mark.parametrize("wrong", ["signature", "sender", "part"])
+def test_a_request_that_its_peer_did_not_sign_is_not_computed(model: Path, wrong: str) -> None:
+    async def work(field: Field, server: Server) -> None:
+        host = field.client.host
+        stream = await stream_to(field, server)
+        channel = MessageChannel(stream, host.identity)
+        good = backward_of(field).to_message()
+        message = Message(good.kind, {**good.header, "nonce": bytes(16)}, good.parts)
+        sender = server.peer if wrong == "sender" else field.client.peer
+        header = encode_header(message, sender, server.peer)
+        signature = sign(host.identity, header, good.parts if wrong != "part" else good.parts[:1])
+        if wrong == "signature":
+            signature = bytes(64)
+        channel.send(replace(message, header_bytes=header, signature=signature))
+        await until(lambda: stream.error is not None)
+        await until(lambda: server.service.bytes_reserved == 0 and not server.service._streams)
+        assert server.device.jobs == []
+
+    run(model, work)
+
+
+@pytest.mark.parametrize(
+    ("where", "limit", "value", "code"),
+    [
+        (call_service, "CALLS_PER_PEER", 1, "busy"),
+        (call_service, "CALLS_BYTES", 0, "busy"),
+        (calls, "CALL_BYTES_MAX", 1_000, "too-large"),
+    ],
+)
+def test_what_is_over_a_bound_is_refused_at_once_while_others_are_computed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, limit: str, value: int, code: str
+) -> None:
+    async def work(field: Field, server: Server) -> None:
+        def ask(call: bytes) -> Awaitable[object]:
+            return call_remote(field.client.host, server.peer, server.record.addresses, backward_of(field, call))
+
+        server.device.is_open = False
+        running = asyncio.ensure_future(ask(b"1" * 16))
+        await until(lambda: bool(server.device.held))
+        reserved = server.service.bytes_reserved
+        monkeypatch.setattr(where, limit, value)
+        with pytest.raises(CallFault) as caught:
+            await ask(b"2" * 16)
+        assert caught.value.code == code
+        assert (caught.value.retry_after_s is not None) == (code == "busy")
+        await until(lambda: server.service.bytes_reserved == reserved)
+        server.device.open()
+        await running
+        assert len(server.device.jobs) == 1
 
     run(model, work)

@@ -6,18 +6,20 @@ The device is exact arithmetic, so that "the same" is equality with a loop over 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
 from blocks.call_service import CallService
 from blocks.protocol.call_errors import CallFault
-from blocks.protocol.calls import Offer
+from blocks.protocol.calls import Offer, batch_rows, rows_of
 from blocks.protocol.device import BackwardJob, Batch, ForwardJob, Job, JobResult
+from blocks.protocol.part_lists import joined, summed
 from netsim.link import LinkOptions, Network, Trace
 from netsim.loop import run
 from netsim.ports import SimClock, SimRandomness, SimWallClock
@@ -28,8 +30,10 @@ from overlay.multiaddr import tcp_address
 from overlay.ports import Ports
 from overlay.rpc.types import Part
 from peerd.calls import caller as caller_module
-from peerd.calls.caller import BatchCaller
+from peerd.calls.caller import BatchCaller, Gradients
 from peerd.driving import DriverModel
+from peerd.in_order import in_order
+from peerd.training import limits
 from routing.records import SpanRecord, State
 from routing.types import ComputeClass, ModelId, Span
 from tests.peerd.calls.swarm import Swarm
@@ -92,19 +96,25 @@ GRAD = numbers(ROWS, TOKENS, WIDTH, seed=3)
 
 
 class ArithmeticDevice:
-    """A `Device` for calls; each job takes `JOB_S` of virtual time. ``on_job`` hears of each when it begins."""
+    """A `Device` for calls; each job takes `JOB_S` of virtual time. ``on_job`` hears of each when it comes."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.step_count = self.queue_depth = 0
         self.jobs: list[Job] = []
+        self.times: list[tuple[str, float]] = []
+        self._free_at = 0.0
         self.on_job: Callable[[ArithmeticDevice], None] = lambda device: None
 
     def submit(self, jobs: Sequence[Job], done: Callable[[JobResult], None]) -> None:
+        loop = asyncio.get_running_loop()
         for job in jobs:
             self.jobs.append(job)
             self.on_job(self)
-            asyncio.get_running_loop().call_later(JOB_S, self._finish, job, done)
+            begins = max(loop.time(), self._free_at)
+            self._free_at = begins + JOB_S
+            self.times.append((type(job).__name__, begins))
+            loop.call_at(self._free_at, self._finish, job, done)
 
     def _finish(self, job: Job, done: Callable[[JobResult], None]) -> None:
         self.step_count += 1
@@ -186,12 +196,32 @@ class Story:
     took_s: float
     trace: list[str]
     jobs: dict[str, list[str]] = field(default_factory=dict)
+    times: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
 
 
 Meddle = Callable[[Network, dict[str, ArithmeticDevice]], None]
 
 
-async def step(meddle: Meddle) -> Story:
+async def whole_batch(caller: BatchCaller, model: DriverModel, batch: Batch, grad: Part) -> tuple[Part, Gradients]:
+    output, tape = await caller.forward(model, WHOLE, batch, keep_tape=True)
+    assert tape is not None
+    return output, await caller.backward(model, WHOLE, tape, grad)
+
+
+async def micro_by_micro(caller: BatchCaller, model: DriverModel, batch: Batch, grad: Part) -> tuple[Part, Gradients]:
+    """As a job trains: each micro-batch, here one row, goes forward and back, several under way."""
+
+    def learning(start: int) -> Callable[[], Coroutine[Any, Any, tuple[Part, Gradients]]]:
+        rows = batch_rows(batch, start, start + 1)
+        return lambda: whole_batch(caller, model, rows, rows_of(grad, start, start + 1))
+
+    done = await in_order([learning(start) for start in range(ROWS)], at_once=limits.MICRO_BATCHES_AHEAD)
+    prompts = [found.prompts for _, found in done if found.prompts is not None]
+    hidden = joined("hidden", [found.hidden for _, found in done])
+    return joined("hidden", [output for output, _ in done]), Gradients(hidden, summed("prompts", prompts))
+
+
+async def step(meddle: Meddle, *, piecewise: bool = False) -> Story:
     """A forward with a tape and a backward, in micro-batches, and all that must hold whatever happens."""
     trace = Trace()
     network = Network(trace, LinkOptions(delay_s=0.01))
@@ -214,20 +244,19 @@ async def step(meddle: Meddle) -> Story:
         started = clock.now()
         model = DriverModel("arithmetic", MODEL, CLASS, WIDTH, 64)
         batch = Batch(part("hidden", HIDDEN), prompts=part("prompts", PROMPTS))
-        output, tape = await caller.forward(model, WHOLE, batch, keep_tape=True)
-        assert tape is not None
-        found = await caller.backward(model, WHOLE, tape, part("grad", GRAD))
+        output, found = await (micro_by_micro if piecewise else whole_batch)(caller, model, batch, part("grad", GRAD))
         took_s = clock.now() - started
         expected, of_prompts = backward(range(BLOCKS), HIDDEN, PROMPTS, GRAD)
         assert np.array_equal(array(output), forward(range(BLOCKS), HIDDEN, PROMPTS))
         assert np.array_equal(array(found.hidden), expected)
         assert np.array_equal(array(found.prompts), of_prompts)
         jobs = {address: [type(job).__name__ for job in device.jobs] for address, device in devices.items()}
+        times = {address: device.times for address, device in devices.items()}
         assert sum(map(len, jobs.values())) <= randomness.tokens, "a call was computed twice unasked"
         await asyncio.sleep(120)
         assert all(service.bytes_reserved == 0 for service in services), "a call that is over still holds memory"
         blamed = [code for _, code in swarm.blamed]
-        return Story(randomness.tokens, caller.servers_lost, blamed, took_s, trace.lines, jobs)
+        return Story(randomness.tokens, caller.servers_lost, blamed, took_s, trace.lines, jobs, times)
 
 
 def serves_nothing(model: ModelId, compute_class: str) -> Offer:
@@ -300,3 +329,25 @@ def test_a_link_that_breaks_at_any_byte_costs_no_bit(way: tuple[str, str]) -> No
 def test_the_same_losses_tell_the_same_story_twice() -> None:
     one, other = (run(step(at_job(LEFT, 4, Network.kill))) for _ in range(2))
     assert one == other
+
+
+def test_the_forward_of_one_micro_batch_overlaps_the_backward_of_another() -> None:
+    story = run(step(undisturbed, piecewise=True))
+    begun = [(kind, at, address) for address, times in story.times.items() for kind, at in times]
+    beside = [
+        (forward, back)
+        for forward in begun
+        for back in begun
+        if (forward[0], back[0]) == ("ForwardJob", "BackwardJob")
+        and abs(forward[1] - back[1]) < JOB_S
+        and forward[2] != back[2]
+    ]
+    assert beside
+    assert len(begun) == 4 * ROWS
+    assert story.took_s < len(begun) * JOB_S
+
+
+def test_a_server_lost_while_micro_batches_overlap_costs_no_bit() -> None:
+    for number in range(1, ROWS + 1):
+        story = run(step(at_job(RIGHT, number, Network.kill), piecewise=True))
+        assert story.lost >= 1 and story.jobs[SPARE]

@@ -59,3 +59,15 @@ def test_nobody_waits_for_ever(speeds: list[int], rounds: int) -> None:
     spread = Spread()
     got = Counter(spread.choose(servers, 0, 4, 16).peer for _ in range(rounds * len(servers) * 9))
     assert all(got[found.peer] >= rounds for found in servers)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 120))
+def test_the_round_robin_is_weighted_and_interleaved_at_every_moment(weights: list[int], count: int) -> None:
+    """Nobody is ever further ahead of another than the one micro-batch that it was given last: SWARM's rule."""
+    servers = [server(f"s{index}", "0:4", step_s=1.0 / weight) for index, weight in enumerate(weights)]
+    spread, got = Spread(), Counter[bytes]()
+    for _ in range(count):
+        got[spread.choose(servers, 0, 4, 16).peer] += 1
+        busy = [got[found.peer] / weight for found, weight in zip(servers, weights, strict=True)]
+        last = [(got[found.peer] - 1) / weight for found, weight in zip(servers, weights, strict=True)]
+        assert max(last) <= min(busy) + 1e-9
