@@ -508,3 +508,33 @@ def test_damaged_and_half_made_jobs_are_passed_over(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert not (tmp_path / "half.new").exists()
+
+
+@pytest.mark.parametrize("what", ["loss_scale", "generator", "seed"])
+def test_a_checkpoint_of_another_seed_or_form_is_refused_in_words(tmp_path: Path, what: str) -> None:
+    async def run() -> str:
+        gone = asyncio.Event()
+
+        def lose(step: int) -> Any:
+            if step == 4:
+                gone.set()
+                return asyncio.Event().wait()
+            return None
+
+        async with running(tmp_path, Workbench(lose)) as jobs:
+            await jobs.submit(settings(), LINES)
+            await gone.wait()
+        path = tmp_path / "one" / "checkpoint-4" / checkpoint.STATE
+        document = json.loads(path.read_bytes())
+        assert document["state"]["generator"] == {"seed": 0, "epoch": 0, "steps_of_epoch": 4}
+        if what == "seed":
+            document["state"]["generator"]["seed"] = 1
+        else:
+            del document["state"][what]
+        path.write_text(json.dumps(document))
+        async with running(tmp_path, Workbench()) as jobs:
+            job = await ended(jobs.get("one"))
+        assert job["state"] == "failed"
+        return str(job["reason"])
+
+    assert ("another seed" if what == "seed" else "can't be read") in asyncio.run(run())
