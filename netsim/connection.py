@@ -9,6 +9,7 @@ paths, cards or who else there is: `netsim.wire` carries what the flow releases.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from contextvars import Context
 from enum import IntEnum
@@ -448,6 +449,12 @@ class FabricConnection(asyncio.Transport):
         self.flow.clear()
 
     def detach(self) -> None:
-        """Its process is dead, or its host: nothing reaches the protocol any more, nothing comes from it."""
-        self._protocol = None
+        """Its process is dead, or its host: nothing of it comes or goes any more.
+
+        The process isn't called again either where the loop mutes it; one that lives on, as in tests, hears that it lost its end.
+        """
+        self._buffer = None
         self._closing = self._conn_lost = True
+        if self._protocol is not None:
+            error = ConnectionAbortedError(errno.ECONNABORTED, "Software caused connection abort")
+            self.wire.loop.call_soon(self._lost, error, context=self.context)

@@ -18,7 +18,7 @@ from blocks.protocol.hops import Hops, HopSettings
 from blocks.sampling_params import SamplingParams
 from blocks.service import SpanService
 from blocks.session_directory import SessionDirectory
-from netsim.link import LinkOptions, Network, Trace
+from netsim.fabric import Path
 from netsim.loop import run
 from overlay.errors import PeerdError
 from overlay.host import Host
@@ -28,6 +28,7 @@ from overlay.ports import Ports
 from overlay.rpc.types import Part
 from peerd.decoding import Decode, DecodeRequest, DecoderPool, DriverModel
 from routing.types import ComputeClass, Hop, ModelId, Route, Span
+from tests.netsim.small_network import Lines, SmallNetwork
 
 MODEL, CLASS = ModelId(b"m" * 32), ComputeClass("none", "float32")
 PROMPT, NEW_TOKENS, VOCABULARY = tuple(range(3, 40)), 24, 997
@@ -154,7 +155,7 @@ class NoStorage:
 class FixedPlanner:
     """The first server of each span that isn't to be avoided."""
 
-    def __init__(self, hops: list[Hop], trace: Trace) -> None:
+    def __init__(self, hops: list[Hop], trace: Lines) -> None:
         self._hops = hops
         self._trace = trace
         self.blamed: list[str] = []
@@ -170,7 +171,7 @@ class FixedPlanner:
 
     def blame(self, peer: bytes, error: PeerdError, edge: bytes | None = None) -> None:
         self.blamed.append(error.code)
-        self._trace.add(asyncio.get_running_loop().time(), f"blame {error.code}")
+        self._trace.add("blame", "", error.code)
 
     def praise(self, peers: Sequence[bytes]) -> None:
         """Nothing is held against anybody here."""
@@ -183,7 +184,7 @@ class FixedPlanner:
 class Listener:
     """Hears the decode; `at_token` is called with each count of tokens."""
 
-    trace: Trace
+    trace: Lines
     at_token: Callable[[int], None]
     over: asyncio.Event
     count: int = 0
@@ -191,12 +192,12 @@ class Listener:
 
     def on_token(self, token: int, logits: Part | None) -> bool:
         self.count += 1
-        self.trace.add(asyncio.get_running_loop().time(), f"token {token}")
+        self.trace.add("token", "", str(token))
         self.at_token(self.count)
         return True
 
     def on_waiting(self, reason: str, error: PeerdError | None) -> None:
-        self.trace.add(asyncio.get_running_loop().time(), f"waiting {reason} {error and error.code}")
+        self.trace.add("waiting", "", f"{reason} {error and error.code}")
 
     def on_end(self, reason: str, error: PeerdError | None) -> None:
         self.reason = reason
@@ -216,7 +217,7 @@ class Story:
 
 
 async def start_node(
-    stack: AsyncExitStack, network: Network, address: str, seed: int
+    stack: AsyncExitStack, network: SmallNetwork, address: str, seed: int
 ) -> tuple[Host, SpanService, Hops, SessionDirectory, ArithmeticDevice]:
     clock = LoopClock()
     randomness = Seeded(f"{seed} {address}")
@@ -229,12 +230,12 @@ async def start_node(
     return host, service, hops, directory, device
 
 
-Fault = Callable[[Network, int], None]
+Fault = Callable[[SmallNetwork, int], None]
 
 
-async def decode(fault: Fault, seed: int = 1, network_options: LinkOptions | None = None) -> Story:
-    trace = Trace()
-    network = Network(trace, network_options or LinkOptions(delay_s=0.01))
+async def decode(fault: Fault, seed: int = 1, path: Path | None = None) -> Story:
+    trace = Lines()
+    network = SmallNetwork(trace, path or Path(delay_s=0.01))
     async with asyncio.timeout(300), AsyncExitStack() as stack:
         served: list[Hop] = []
         all_hops: list[Hops] = []
@@ -256,10 +257,10 @@ async def decode(fault: Fault, seed: int = 1, network_options: LinkOptions | Non
         took_s = LoopClock().now() - started
         await asyncio.sleep(1)
         left = sum(hops.session_count for hops in all_hops)
-        return Story(running.output, listener.reason, running.replays, trace.digest(), took_s, left)
+        return Story(running.output, listener.reason, running.replays, "\n".join(trace.lines), took_s, left)
 
 
-def nothing(network: Network, count: int) -> None:
+def nothing(network: SmallNetwork, count: int) -> None:
     """No fault."""
 
 
@@ -292,19 +293,19 @@ def test_a_link_between_two_hops_that_is_cut_costs_a_replay_and_no_token() -> No
 
 @pytest.mark.parametrize("byte", [200, 3000, 6007])
 def test_a_link_that_breaks_at_a_byte_costs_no_token(byte: int) -> None:
-    def fault(network: Network, count: int) -> None:
+    def fault(network: SmallNetwork, count: int) -> None:
         if count == 1:
-            network.set_link("10.0.0.1", "10.0.0.2", LinkOptions(delay_s=0.01, cut_after_bytes=byte))
+            network.cut_after("10.0.0.1", "10.0.0.2", byte)
 
     story = run(decode(fault))
     assert (story.tokens, story.reason) == (expected(), "length")
 
 
 def test_a_server_behind_a_black_hole_is_noticed_by_its_silence() -> None:
-    def fault(network: Network, count: int) -> None:
+    def fault(network: SmallNetwork, count: int) -> None:
         if count == 5:
             for other in (DRIVER, "10.0.0.1", "10.0.0.3"):
-                network.set_link("10.0.0.2", other, LinkOptions(is_black_hole=True))
+                network.set_path("10.0.0.2", other, Path(is_black_hole=True))
 
     story = run(decode(fault))
     assert (story.tokens, story.reason) == (expected(), "length")
