@@ -14,6 +14,7 @@ from typing import ClassVar, cast
 
 from netsim.arithmetic import PRIME, Arithmetic
 from netsim.metrics import Metrics
+from netsim.mischief import Mischief
 from netsim.peers.node import Answer, NodePeer, NodeSettings
 from netsim.sim_host import Machine
 from netsim.strikes import STRIKES, Strike, Striker
@@ -38,7 +39,8 @@ class SessionSettings:
             time before the first token.
         back_after_s: when what was struck is as before.
         strike_drivers: the share of the strikes that hit the driver itself.
-        retry: whether a driver asks again for a text that a dead driver took along or that was refused for the time being.
+        copies: the share of session messages that are followed by a copy of some cell (`netsim.mischief`).
+        swaps: the share of windows that are sent after the next one.
     """
 
     drivers: str = "driver"
@@ -53,6 +55,8 @@ class SessionSettings:
     back_after_s: tuple[float, float] = (5.0, 30.0)
     strike_drivers: float = 0.0
     ready_s: float = 120.0
+    copies: float = 0.0
+    swaps: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.strikes:
@@ -84,6 +88,10 @@ class Texts:
         "coverage.*": "servers of a block that are online, over time",
         "coverage.min": "of the blocks, the fewest, over time",
         "tokens_per_s": "over all drivers, over time",
+        "copies": "copies of session messages that were made up and sent",
+        "copies.hop.*": "the same by cell, to hops",
+        "copies.driver.*": "the same by cell, to drivers",
+        "cells": "cells of the tables of docs/protocol.md whose copies were sent",
     }
 
     def __init__(self, world: World, settings: SessionSettings, metrics: Metrics) -> None:
@@ -99,9 +107,28 @@ class Texts:
         self.model = Arithmetic(told.blocks, told.width)
         self.striker = Striker(world, settings.servers, told.blocks)
         self._tokens_before = 0.0
+        self._cells: dict[str, None] = {}
 
     async def run(self) -> None:
         """Wait for the swarm, let every driver ask for its texts, and see that nothing is left of them."""
+        settings = self.settings
+        if not settings.copies and not settings.swaps:
+            await self._run()
+            return
+        draws = self.world.random("mischief")
+        mischief = Mischief(self.world.loop, draws, settings.copies, settings.swaps, self._count_copy)
+        with mischief.entered():
+            await self._run()
+
+    def _count_copy(self, cell: str) -> None:
+        name = f"copies.{cell}"
+        if name not in self._cells:
+            self._cells[name] = None
+            self.metrics.put("cells", len(self._cells))
+        self.metrics.count("copies")
+        self.metrics.count(name)
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as background:
             sampling = background.create_task(self._sample(), name="sampling")
             await self._wait_online()
