@@ -84,6 +84,8 @@ class Connection(asyncio.BufferedProtocol):
         self._make_upgrade = upgrade
         self._now = clock_now
         self.is_inbound = is_inbound
+        self.is_first_meeting = False
+        """Whether it was dialled by an address alone, without knowing who is there."""
         self.remote_address: Multiaddr | None = None
         self.upgraded: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._closed = asyncio.Event()
@@ -110,6 +112,7 @@ class Connection(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self.opened_at = 0.0
+        self._asked_at: float | None = None
         self.last_received = 0.0
         self.unnegotiated = 0
 
@@ -167,6 +170,7 @@ class Connection(asyncio.BufferedProtocol):
         first = self._upgrade.start()
         if first:
             self._transport.write(first)
+            self._asked_at = self.opened_at
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._ring
@@ -189,8 +193,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _upgrading(self, upgrade: Upgrade, data: memoryview, now: float) -> None:
         answer = upgrade.receive(data)
+        if self._asked_at is not None:  # every message of the handshake answers the one before
+            self.session.answered_after(now - self._asked_at)
         if answer and self._transport is not None:
             self._transport.write(answer)
+            self._asked_at = now
         if not upgrade.is_done or upgrade.result is None:
             return
         self._upgrade = None
@@ -312,6 +319,15 @@ class Connection(asyncio.BufferedProtocol):
         """Until when a peer may take to end a stream that was closed here."""
         return self._now() + limits.STREAM_LINGER_S
 
+    def flush_soon(self, stream: Stream) -> None:
+        """Send what ``stream`` has queued after the next turn of the loop, with what is written meanwhile."""
+        asyncio.get_running_loop().call_soon(self._flush, stream)
+
+    def _flush(self, stream: Stream) -> None:
+        if stream.outgoing:
+            self.schedule(stream)
+            self.pump()
+
     def schedule(self, stream: Stream) -> None:
         """Put a stream that has something to send in its priority's queue."""
         if not stream.scheduled and stream.outgoing:
@@ -324,11 +340,15 @@ class Connection(asyncio.BufferedProtocol):
         """Seal and write until everything queued is out, windows are shut, or the socket is full."""
         if self._pumping or self._sender is None or self._transport is None or self._error is not None:
             return
+        session = self.session
+        control, decode, bulk, blob = self._ready
         self._pumping = True
         try:
-            while not self._blocked:
+            while (session.has_control or control or decode or bulk or blob) and not self._blocked:
                 self._write_long_control()
                 plaintexts = self._fill()
+                if session.has_control and sum(map(len, plaintexts)) < CONTROL_IN_MESSAGE_BYTES:
+                    plaintexts += self._fill()  # the FIN behind the last bytes of a stream goes out with them
                 if not plaintexts:
                     break
                 sealed = self._sender.seal_framed_each(plaintexts)

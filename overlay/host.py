@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Stream], Awaitable[None]]
 ConnectionListener = Callable[[Connection], None]
 NETWORK_PROLOGUE = b"peerd-network:1:"
-MAINTENANCE_S = 1.0
+MAINTENANCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +313,7 @@ class Host:
         try:
             stream = connection.open_stream(protocol, priority)
             if not lazily and protocol not in self.protocols_of(peer):
+                self._ask_who(connection)
                 try:
                     await stream.wait_negotiated()
                 except asyncio.CancelledError:
@@ -338,6 +339,7 @@ class Host:
             return Upgrade(self._secure(meeting, self.ports.randomness), initiator=not inbound)
 
         connection = Connection(self, upgrade, self.ports.clock.now, is_inbound=inbound)
+        connection.is_first_meeting = not inbound and expected is None
         self._upgrading[connection] = self.ports.clock.now() + limits.UPGRADE_TIMEOUT_S
         self._busy.set()
         return connection
@@ -364,11 +366,15 @@ class Host:
             else:
                 for listener in self._on_open:
                     listener(connection)
-        connection.session.ping(now)
-        if self._introductions.is_due(peer):
-            self._spawn(self._introductions.ask(connection), f"identify {peer.short}")
+        if connection.is_inbound or connection.is_first_meeting:
+            self._ask_who(connection)
         if len(self._connections) > limits.CONNECTIONS_IDLE_MAX:
             self._leave_idle(now)
+
+    def _ask_who(self, connection: Connection) -> None:
+        """Whoever dialled us is asked, and who answered at a bare address; whom we dial by name when more is wanted of it than that."""
+        if self._introductions.is_due(connection.remote_peer):
+            self._spawn(self._introductions.ask(connection), f"identify {connection.remote_peer.short}")
 
     def _wins(self, new: Connection, old: Connection) -> bool:
         """Of two simultaneous connections the one whose initiator has the smaller peer id stays, on both sides."""
@@ -474,7 +480,7 @@ class Host:
             self.maintain(self.ports.clock.now())
 
     def maintain(self, now: float) -> None:
-        """Once a second: overdue handshakes, silent and idle connections, those that drain, identify pushes."""
+        """Every `MAINTENANCE_S`: overdue handshakes, silent and idle connections, those that drain, identify pushes."""
         for connection, deadline in list(self._upgrading.items()):
             if now > deadline:
                 connection.abort(UpgradeError("The handshake took too long."))
@@ -482,7 +488,8 @@ class Host:
             if now > deadline:
                 connection.finish_leaving()
         for connection in [*self._connections.values(), *self._draining]:
-            self._check_alive(connection, now)
+            if connection.session.lanes or connection.session.ping_sent_at or connection.remote_peer in self._keeps:
+                self._check_alive(connection, now)
         self._leave_idle(now)
         if self._push_due:
             self._push_due = False
@@ -491,15 +498,13 @@ class Host:
                 self._spawn(self._introductions.push(connection), f"identify push {connection.remote_peer.short}")
 
     def _check_alive(self, connection: Connection, now: float) -> None:
-        """Pings are for connections in use and for those that somebody keeps; the others end for being idle."""
-        if connection.session.lanes:
-            connection.reap(now)
-        is_wanted = connection.session.lanes or connection.remote_peer in self._keeps
+        """Only for connections in use and for those that somebody keeps: the others end for being idle."""
+        connection.reap(now)
         sent = connection.session.ping_sent_at
         quiet = now - connection.last_received
         if sent is not None and quiet > limits.SILENT_DEAD_S:
             connection.abort(ConnectionLost("The peer fell silent."))
-        elif quiet > limits.PING_IDLE_S and sent is None and is_wanted:
+        elif quiet > limits.PING_IDLE_S and sent is None:
             connection.session.ping(now)
         connection.pump()
 

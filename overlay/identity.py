@@ -26,7 +26,7 @@ PEER_ID_PREFIX = b"\x00\x24" + PUBLIC_KEY_PREFIX
 PEER_ID_BYTES_MAX = 42
 SEED_BYTES = 32
 SIGNATURE_BYTES = 64
-KEYS_CACHED = 4096
+KEYS_CACHED = 8192
 ENVELOPE_BYTES_MAX = 16384
 RECORD_ADDRESSES_MAX = 64
 PEER_RECORD_DOMAIN = b"libp2p-peer-record"
@@ -58,9 +58,7 @@ class PeerId:
     @classmethod
     def from_bytes(cls, multihash: bytes) -> PeerId:
         """From the raw multihash; raises InvalidAddress for other key types than Ed25519."""
-        if len(multihash) != len(PEER_ID_PREFIX) + 32 or not multihash.startswith(PEER_ID_PREFIX):
-            raise InvalidAddress("only Ed25519 peer ids (12D3KooW...) are used here")
-        return cls(bytes(multihash))
+        return _peer_of(bytes(multihash))
 
     @classmethod
     def from_text(cls, text: str) -> PeerId:
@@ -89,6 +87,9 @@ class PeerId:
     def __bytes__(self) -> bytes:
         return self.multihash
 
+    def __hash__(self) -> int:
+        return hash(self.multihash)
+
     def __lt__(self, other: object) -> bool:
         return self.multihash < other.multihash if isinstance(other, PeerId) else NotImplemented
 
@@ -97,6 +98,13 @@ class PeerId:
 
     def __repr__(self) -> str:
         return f"PeerId({self})"
+
+
+@lru_cache(maxsize=KEYS_CACHED)
+def _peer_of(multihash: bytes) -> PeerId:
+    if len(multihash) != len(PEER_ID_PREFIX) + 32 or not multihash.startswith(PEER_ID_PREFIX):
+        raise InvalidAddress("only Ed25519 peer ids (12D3KooW...) are used here")
+    return PeerId(multihash)
 
 
 @lru_cache(maxsize=KEYS_CACHED)

@@ -40,6 +40,7 @@ class Introductions:
         self._book = book
         self._own = own
         self._listeners: list[Introduced] = []
+        self._asking: dict[PeerId, None] = {}
         self.record_sequence = 0
 
     def add_listener(self, listener: Introduced) -> None:
@@ -48,7 +49,8 @@ class Introductions:
 
     def is_due(self, peer: PeerId) -> bool:
         """Whether it is unknown or too long ago what ``peer`` speaks."""
-        return self._clock.now() - self._book.identified_at(peer) > limits.IDENTIFY_FRESH_S
+        is_stale = self._clock.now() - self._book.identified_at(peer) > limits.IDENTIFY_FRESH_S
+        return is_stale and peer not in self._asking
 
     def _message(self, connection: Connection) -> bytes:
         addresses, protocols = self._own()
@@ -68,6 +70,7 @@ class Introductions:
 
     async def ask(self, connection: Connection) -> None:
         """Ask who is there; a failure is nobody's."""
+        self._asking[connection.remote_peer] = None
         try:
             async with asyncio.timeout(limits.IDENTIFY_TIMEOUT_S):
                 stream = connection.open_stream(IDENTIFY)
@@ -75,6 +78,8 @@ class Introductions:
                 await stream.close_write()
         except (PeerdError, TimeoutError) as error:
             log.debug("identify with %s failed: %s", connection.remote_peer.short, error)
+        finally:
+            self._asking.pop(connection.remote_peer, None)
 
     async def push(self, connection: Connection) -> None:
         """Tell a connected peer what has changed here."""

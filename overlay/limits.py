@@ -36,7 +36,7 @@ CLOSE_TIMEOUT_S = 1.0
 DUPLICATE_DRAIN_S = 2.0
 """A duplicate connection lives at least so long, since its peer may be opening a stream on it, and then until its streams end."""
 DUPLICATES_PER_PEER = 4
-CONNECTION_IDLE_S = 20.0
+CONNECTION_IDLE_S = 35.0
 """A connection without streams that nobody keeps is left after so long: a DHT has thousands of contacts, and needs few at a time."""
 CONNECTIONS_IDLE_MAX = 64
 SURPLUS_IDLE_S = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from overlay.errors import InvalidAddress, ProtocolViolation
 from overlay.varint import decode_varint, encode_varint
@@ -15,6 +16,8 @@ from overlay.varint import decode_varint, encode_varint
 MULTIADDR_BYTES_MAX = 1024
 HOST_NAME_CHARS_MAX = 253
 PARTS_MAX = 16
+ADDRESSES_CACHED = 16384
+"""Read and written forms that are kept: the same few thousand addresses of a network pass by all day."""
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _BASE58_INDEX = {character: index for index, character in enumerate(_BASE58)}
@@ -129,6 +132,10 @@ class Multiaddr:
     @classmethod
     def decode(cls, data: bytes) -> Multiaddr:
         """Read the binary form. Raises ProtocolViolation."""
+        return _decoded(bytes(data))
+
+    @classmethod
+    def _decode(cls, data: bytes) -> Multiaddr:
         if len(data) > MULTIADDR_BYTES_MAX:
             raise ProtocolViolation("A peer sent a multiaddr over 1 KiB.")
         parts: list[tuple[str, str]] = []
@@ -157,15 +164,10 @@ class Multiaddr:
 
     def encode(self) -> bytes:
         """The binary form."""
-        out = bytearray()
-        for name, text in self.parts:
-            kind = _BY_NAME[name]
-            value = kind.to_bytes(text)
-            out += encode_varint(kind.code)
-            if kind.size < 0:
-                out += encode_varint(len(value))
-            out += value
-        return bytes(out)
+        return _encoded(self.parts)
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
 
     def get(self, name: str) -> str | None:
         """The value of the last part of that name."""
@@ -191,10 +193,7 @@ class Multiaddr:
     def is_loopback_or_private(self) -> bool:
         """Whether the address can't be a stranger's on the internet."""
         host = self.host
-        try:
-            return host is not None and not ipaddress.ip_address(host).is_global
-        except ValueError:
-            return False
+        return host is not None and _is_private(host)
 
     def with_peer(self, peer: str) -> Multiaddr:
         """The same address ending in ``/p2p/ID``."""
@@ -214,9 +213,40 @@ def _need(decoded: tuple[int, int] | None) -> tuple[int, int]:
     return decoded
 
 
-def tcp_address(host: str, port: int) -> Multiaddr:
-    """``/ip4/HOST/tcp/PORT`` or ip6, of a socket's name."""
+@lru_cache(maxsize=ADDRESSES_CACHED)
+def _decoded(data: bytes) -> Multiaddr:
+    return Multiaddr._decode(data)
+
+
+@lru_cache(maxsize=ADDRESSES_CACHED)
+def _encoded(parts: tuple[tuple[str, str], ...]) -> bytes:
+    out = bytearray()
+    for name, text in parts:
+        kind = _BY_NAME[name]
+        value = kind.to_bytes(text)
+        out += encode_varint(kind.code)
+        if kind.size < 0:
+            out += encode_varint(len(value))
+        out += value
+    return bytes(out)
+
+
+@lru_cache(maxsize=ADDRESSES_CACHED)
+def _is_private(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
+@lru_cache(maxsize=ADDRESSES_CACHED)
+def _host_part(host: str) -> tuple[str, str]:
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return Multiaddr(((f"ip{address.version}", str(address)), ("tcp", str(port))))
+    return f"ip{address.version}", str(address)
+
+
+def tcp_address(host: str, port: int) -> Multiaddr:
+    """``/ip4/HOST/tcp/PORT`` or ip6, of a socket's name."""
+    return Multiaddr((_host_part(host), ("tcp", str(port))))

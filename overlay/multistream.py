@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from enum import Enum, auto
+from functools import lru_cache
 
 from overlay.errors import ProtocolRefused, ProtocolViolation
 from overlay.varint import decode_varint, encode_varint
@@ -15,8 +16,10 @@ HEADER = "/multistream/1.0.0"
 REFUSAL = "na"
 MESSAGE_BYTES_MAX = 1024
 PROPOSALS_MAX = 16
+LINES_CACHED = 256
 
 
+@lru_cache(maxsize=LINES_CACHED)
 def encode_line(text: str) -> bytes:
     """One message: length, text, newline."""
     body = text.encode() + b"\n"
@@ -85,6 +88,11 @@ class Initiator:
     def receive(self, data: bytes | memoryview) -> bool:
         self._lines.buffer += data
         if self._state is _State.HEADER:
+            accepted = HEADER_LINE + encode_line(self.protocol)
+            if self._lines.buffer.startswith(accepted):  # all in one piece, as nearly always
+                del self._lines.buffer[: len(accepted)]
+                self._state = _State.DONE
+                return True
             self._lines.check_header()
         while self._state is not _State.DONE:
             line = self._lines.next_line()

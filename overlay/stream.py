@@ -126,15 +126,20 @@ class Stream:
             responder = self._responder
             assert responder is not None
             answer = responder.receive(data)
-            if answer:
-                self._enqueue(answer)
-                self.connection.pump()
             if responder.chosen is None:
+                if answer:
+                    self._enqueue(answer)
+                    self.connection.pump()
                 return b""
             self.protocol, rest = responder.chosen, responder.rest
             self._responder = None
             self._deadline = None
+            # Unscheduled: where the application answers at once, both go out as one message.
+            view = memoryview(answer)
+            self.outgoing.append(view)
+            self.outgoing_bytes += len(view)
             self.connection.stream_negotiated(self)
+            self.connection.flush_soon(self)
         self._negotiated.set()
         return rest
 
@@ -199,6 +204,10 @@ class Stream:
     async def write(self, *buffers: Buffer) -> None:
         """Queue ``buffers``, then wait until the queue is low. Raises StreamReset, StreamClosed, ConnectionLost."""
         self.write_nowait(*buffers)
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Wait until the queue is low. Raises as `write`."""
         try:
             while self.outgoing_bytes > limits.STREAM_WRITE_HIGH_WATER_BYTES and self._error is None:
                 self._writable.clear()
@@ -209,8 +218,10 @@ class Stream:
         if self._error is not None:
             raise self._error
 
-    def write_nowait(self, *buffers: Buffer) -> None:
+    def write_nowait(self, *buffers: Buffer, end: bool = False) -> None:
         """Queue ``buffers`` and transmit what the socket takes, in this call. Buffers must not change afterwards.
+
+        With ``end`` they are the last, and FIN goes out with them.
 
         Raises LimitExceeded over `STREAM_SEND_QUEUE_BYTES`, StreamClosed after `close_write`, or the stream's error.
         """
@@ -219,6 +230,7 @@ class Stream:
         if self._finish_after_drain or not self.lane.can_send:
             raise StreamClosed("The stream was closed for writing.")
         self._enqueue(*buffers)
+        self._finish_after_drain = end and bool(self.outgoing)
         if self.outgoing_bytes > limits.STREAM_SEND_QUEUE_BYTES:
             self.reset()
             raise LimitExceeded("A peer reads too slowly; the stream to it was reset.")

@@ -48,6 +48,13 @@ FAILURES_MAX = 2
 ALPHA = 5
 LOOKUP_RPCS_MAX = 200
 LOOKUP_S = 10.0
+PATIENCE_S = 1.0
+"""A request that takes longer holds nobody up any more: others are asked in its place, and its answer still counts if it comes."""
+PATIENCE_MIN_S = 0.3
+PATIENCE_MAX_S = 1.5
+PATIENCE_TIMES_MEDIAN = 3.0
+"""Once `PATIENCE_SAMPLES` answers of a lookup have come, its patience follows from how long they took."""
+PATIENCE_SAMPLES = 3
 CANDIDATES_MAX = 400
 CORRECTED_HOLDERS_MAX = 3
 CORRECTED_RECORDS_MAX = 16
@@ -62,8 +69,22 @@ RPC_DIAL_TIMEOUT_S = 3.0
 
 # --- upkeep ---
 UPKEEP_S = 1.0
+"""The least between two looks at what is due."""
 SELF_LOOKUP_S = 300.0
+SELF_LOOKUP_MAX_S = 1800.0
+"""A neighbourhood that stays the same is looked at half as often each time."""
 SELF_LOOKUP_LONELY_S = 10.0
 """While the table holds fewer than `KSIZE` contacts."""
-BUCKET_REFRESH_S = 900.0
+REFRESH_S = 3600.0
+"""Each part of the id space, seen from us, is looked into this often (Kademlia, section 2.3), and once after joining."""
+REFRESH_RPCS_MAX = 6
+"""Such a look wants contacts there, not the closest."""
+CONTACT_FRESH_S = 900.0
+"""A contact that was heard of within this time keeps its place in a full bucket without being asked."""
 REMEMBERED_MAX = 64
+LOST_MAX = 64
+LOST_RETRY_S = 60.0
+LOST_RETRIES = 2
+"""Contacts that vanished are tried again, so many at a time: it may have been the network that broke in two."""
+LOCATED_S = 300.0
+"""The holders of a record are offered its renewals without looking for nearer ones, for so long."""

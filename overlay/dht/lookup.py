@@ -1,7 +1,8 @@
 """Lookups: kademlia's crawl with `ALPHA` requests always in flight instead of rounds that wait for the slowest.
 
-Ends when the k closest candidates answered, or at a cap of requests or seconds; returns what it has then. Knows no wire:
-``protocol`` gives validated answers and never raises.
+Ends when the k closest candidates answered, or at a cap of requests or seconds; returns what it has then. A candidate that keeps the
+lookup waiting (it is dead, most likely) is passed over: others are asked in its place, and it counts again should it answer.
+Knows no wire: ``protocol`` gives validated answers and never raises.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Protocol
 
 from kademlia.crawling import SpiderCrawl
@@ -27,6 +29,16 @@ class Found:
     records: tuple[Record, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LookupReport:
+    """What a lookup took. ``hops`` is how far down the chain of answers the closest node was: 1 for one that was known at the start."""
+
+    took_s: float
+    requests: int
+    failures: int
+    hops: int
+
+
 class LookupProtocol(Protocol):
     """What a lookup asks with; None for no answer."""
 
@@ -34,50 +46,104 @@ class LookupProtocol(Protocol):
     async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None: ...
 
 
+@dataclass(slots=True)
+class _Asked:
+    contact: Contact
+    at: float
+
+
 class NodeLookup(SpiderCrawl):
     """Finds the k nodes closest to a target."""
 
     def __init__(
-        self, protocol: LookupProtocol, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes
-    ) -> None:
+        self, protocol: LookupProtocol, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes,
+        requests_max: int = limits.LOOKUP_RPCS_MAX,
+    ) -> None:  # fmt: skip
         super().__init__(protocol, target, [], ksize, limits.ALPHA)
-        self.nearest = CandidateHeap(target, ksize)
+        self.nearest: CandidateHeap = CandidateHeap(target, ksize)
         self.nearest.push(list(contacts))
         self.answered: dict[bytes, Contact] = {}
         self.seen: dict[bytes, Contact] = {contact.id: contact for contact in contacts}
         """Whom we started from or were told of; bounded by the requests and k."""
         self.requests = 0
+        self.report = LookupReport(0.0, 0, 0, 0)
+        self._requests_max = requests_max
         self._own_id = own_id
-        self._failed: set[bytes] = set()
+        self._failed: dict[bytes, None] = {}
+        self._hops: dict[bytes, int] = dict.fromkeys(self.seen, 1)
+        self._waited_s: list[float] = []
+        self._late: dict[bytes, None] = {}
 
     async def find(self) -> list[Contact]:
         """Those of the k closest that answered, the closest first. Cancel-safe."""
+        started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(limits.LOOKUP_S):
                 await self._crawl()
         except TimeoutError:
             pass  # what was found so far is the answer
-        return [contact for contact in self.nearest if contact.id in self.answered]
+        closest = [contact for contact in self._closest() if contact.id in self.answered]
+        took_s = asyncio.get_running_loop().time() - started
+        hops = self._hops[closest[0].id] if closest else 0
+        self.report = LookupReport(took_s, self.requests, len(self._failed) + len(self._late), hops)
+        return closest
 
     async def _crawl(self) -> None:
-        running: dict[asyncio.Task[Found | None], Contact] = {}
+        running: dict[asyncio.Task[Found | None], _Asked] = {}
+        now = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as tasks:
             try:
-                while not self._is_complete():
-                    for contact in self.nearest.get_uncontacted()[: self.alpha - len(running)]:
-                        if self.requests >= limits.LOOKUP_RPCS_MAX:
-                            break
+                while True:
+                    next_late = self._pass_over(list(running.values()), now())
+                    if self._is_complete(list(running.values()), now()):
+                        return
+                    for contact in self._to_ask(len(running) - len(self._late)):
                         self.requests += 1
                         self.nearest.mark_contacted(contact)
-                        running[tasks.create_task(self._ask(contact), name="dht lookup")] = contact
+                        running[tasks.create_task(self._ask(contact), name="dht lookup")] = _Asked(contact, now())
+                        next_late = min(next_late, self.patience_s)
                     if not running:
                         return
-                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(running, timeout=next_late, return_when=asyncio.FIRST_COMPLETED)
                     for task in [task for task in running if task in done]:
-                        self._heard(running.pop(task), task.result())
+                        asked = running.pop(task)
+                        self._waited_s.append(now() - asked.at)
+                        self._heard(asked.contact, task.result())
             finally:
                 for task in running:
                     task.cancel()
+
+    def passed_over(self) -> list[Contact]:
+        """Those that kept the lookup waiting to its end."""
+        return [node for node in self.nearest.by_distance() if node.id in self._late]
+
+    @property
+    def patience_s(self) -> float:
+        """How long a request may hold up the lookup."""
+        if len(self._waited_s) < limits.PATIENCE_SAMPLES:
+            return limits.PATIENCE_S
+        usual = limits.PATIENCE_TIMES_MEDIAN * median(self._waited_s)
+        return min(limits.PATIENCE_MAX_S, max(limits.PATIENCE_MIN_S, usual))
+
+    def _pass_over(self, running: Sequence[_Asked], now: float) -> float:
+        """Note whose time is over; returns after how many seconds there may be more of them."""
+        patience_s = self.patience_s
+        left = [asked.at + patience_s - now for asked in running]
+        self._late = {asked.contact.id: None for asked, left_s in zip(running, left, strict=True) if left_s <= 0}
+        waits = [left_s for left_s in left if left_s > 0]
+        waits += [left_s + patience_s for left_s in left if -patience_s < left_s <= 0]
+        return max(min(waits), 0.001) if waits else limits.LOOKUP_S
+
+    def _closest(self) -> list[Contact]:
+        """The k closest, without those that keep us waiting."""
+        if not self._late:
+            return list(self.nearest)
+        return [node for node in self.nearest.by_distance() if node.id not in self._late][: self.ksize]
+
+    def _to_ask(self, in_flight: int) -> list[Contact]:
+        room = min(self.alpha - in_flight, self._requests_max - self.requests)
+        waiting = [node for node in self._closest() if node.id not in self.nearest.contacted]
+        return waiting[: max(room, 0)]
 
     def _ask(self, contact: Contact) -> Coroutine[Any, Any, Found | None]:
         found: Coroutine[Any, Any, Found | None] = self.protocol.call_find_node(contact, self.node)
@@ -85,7 +151,7 @@ class NodeLookup(SpiderCrawl):
 
     def _heard(self, contact: Contact, found: Found | None) -> None:
         if found is None:
-            self._failed.add(contact.id)
+            self._failed[contact.id] = None
             self.nearest.remove([contact.id])
             return
         self.answered[contact.id] = contact
@@ -93,9 +159,21 @@ class NodeLookup(SpiderCrawl):
         self.nearest.push(new)
         for node in new:
             self.seen.setdefault(node.id, node)
+            self._hops.setdefault(node.id, self._hops[contact.id] + 1)
 
-    def _is_complete(self) -> bool:
-        return all(node.id in self.answered for node in self.nearest)
+    def _wanted(self) -> int:
+        """How many of the closest must have answered."""
+        return int(self.ksize)
+
+    def _is_complete(self, running: Sequence[_Asked], now: float) -> bool:
+        """All that are wanted answered; where there are fewer, the late ones are waited for twice as long as the others."""
+        closest = self._closest()[: self._wanted()]
+        if any(node.id not in self.answered for node in closest):
+            return False
+        if not self._late or len(closest) >= self._wanted():
+            return True
+        overdue = now - 2 * self.patience_s
+        return bool(closest) and all(asked.at <= overdue for asked in running if asked.contact.id in self._late)
 
 
 class ValueLookup(NodeLookup):
@@ -119,10 +197,8 @@ class ValueLookup(NodeLookup):
             merge(self.merged, found.records)
             self._held[contact.id] = {record.name: record.sequence for record in found.records}
 
-    def _is_complete(self) -> bool:
-        closest = list(self.nearest)
-        quorum = max(1, self.ksize // 2)
-        return all(node.id in self.answered for node in closest[:quorum])
+    def _wanted(self) -> int:
+        return max(1, int(self.ksize) // 2)
 
     def corrections(self) -> list[tuple[Contact, list[Record]]]:
         """For the closest holders that answered with less than is known: what they lack."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +18,13 @@ from kademlia.node import Node
 
 from overlay.connection import Connection
 from overlay.dht import limits
-from overlay.dht.lookup import NodeLookup, ValueLookup
+from overlay.dht.lookup import LookupReport, NodeLookup, ValueLookup
 from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
 from overlay.dht.records import Record, RecordName, location_of, merge
 from overlay.dht.store import Put, RecordStore, StoreRate
 from overlay.dht.table import Contact, Table, group_of
-from overlay.errors import PeerdError, ProtocolRefused
+from overlay.errors import PeerdError, ProtocolRefused, TimedOut
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
@@ -58,6 +58,9 @@ class DhtStatistics:
     failures: int
 
 
+LookupListener = Callable[[LookupReport], None]
+
+
 class Dht:
     """``async with Dht(host, ports, config) as dht``. Every method is for the loop's thread."""
 
@@ -78,7 +81,15 @@ class Dht:
         self._refused: dict[PeerId, float] = {}
         self._remembered: dict[PeerId, tuple[Multiaddr, ...]] = {}
         self._self_lookup_due = 0.0
+        self._self_lookup_every_s = limits.SELF_LOOKUP_S
+        self._neighbourhood: list[bytes] = []
+        self._refreshed: dict[int, float] = {}
+        self._lost: dict[PeerId, tuple[Multiaddr, ...]] = {}
+        self._lost_due = 0.0
+        self._wake = asyncio.Event()
         self._closing = False
+        self.on_lookup: LookupListener | None = None
+        """Hears what each lookup for a key took; for measurements."""
 
     # --- life ---
 
@@ -86,10 +97,11 @@ class Dht:
         self._tasks = await asyncio.TaskGroup().__aenter__()
         now = self._now()
         self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
-        self._table.queried(self._self, now)
+        self._lost_due = now + limits.LOST_RETRY_S
         if self.config.server:
             self._protocol.serve()
         self._host.add_connection_listener(_ignore, self._connection_closed)
+        self._host.add_introduction_listener(self.heard_from)
         self._upkeep = self._tasks.create_task(self._keep_up(), name="dht upkeep")
         return self
 
@@ -174,13 +186,26 @@ class Dht:
         return Contact(peer, known, group_of(at, exempt_private=self.config.exempt_private))
 
     async def _look_for_self(self) -> None:
-        self._self_lookup_due = self._now() + limits.SELF_LOOKUP_S
-        await self._closest_to(self._self)
+        """Find our own neighbours; the longer they stay the same, the seldomer."""
+        nearest = [contact.id for contact in await self._closest_to(self._self)]
+        same = nearest == self._neighbourhood and len(self._table) >= self.config.ksize
+        self._neighbourhood = nearest
+        wished = 2 * self._self_lookup_every_s if same else limits.SELF_LOOKUP_S
+        self._self_lookup_every_s = min(limits.SELF_LOOKUP_MAX_S, wished)
+        lonely = len(self._table) < self.config.ksize
+        self._self_lookup_due = self._now() + (limits.SELF_LOOKUP_LONELY_S if lonely else self._self_lookup_every_s)
+        self._wake.set()
 
-    async def _closest_to(self, target: Node) -> list[Contact]:
-        self._table.queried(target, self._now())
+    async def _closest_to(self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX) -> list[Contact]:
         start = self._table.find_neighbors(target, self.config.ksize)
-        return await NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id).find()
+        lookup = NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max)
+        closest = await lookup.find()
+        self._looked(lookup)
+        return closest
+
+    def _looked(self, lookup: NodeLookup) -> None:
+        for contact in lookup.passed_over():
+            self._silent(contact)
 
     # --- publishing ---
 
@@ -212,7 +237,7 @@ class Dht:
     async def _replicate(self, publication: Publication) -> None:
         """Offer a record to the closest nodes; whatever newer value came meanwhile is offered at the next upkeep."""
         publication.due = self._now() + limits.LOOKUP_S
-        contacts = await self._closest_to(Node(publication.location))
+        contacts = await self._holders_for(publication)
         record = publication.record
         outcomes = await asyncio.gather(*(self._protocol.call_store(contact, [record]) for contact in contacts))
         holders = []
@@ -221,7 +246,19 @@ class Dht:
                 holders.append(contact)
             elif answer and answer[0][0] is Put.STALE:
                 self._publications.overtaken(answer[0][1])
+        if len(holders) < len(contacts):
+            publication.located = float("-inf")  # somebody is missing: look again before the next offer
         self._publications.offered(publication, holders, self._now())
+        self._wake.set()
+
+    async def _holders_for(self, publication: Publication) -> Sequence[Contact]:
+        known = self._publications.known_nearest(publication, self._now())
+        if known:
+            return known
+        found = await self._closest_to(Node(publication.location))
+        if len(found) >= self.config.ksize:
+            self._publications.located(publication, found, self._now())
+        return found
 
     async def _hand_over(self, contact: Contact) -> None:
         """Give a new contact those of our records that it is near enough to hold."""
@@ -238,11 +275,13 @@ class Dht:
     async def get(self, key: bytes) -> tuple[Record, ...]:
         """Live records of a key: verified, merged, in a fixed order; ours and those we hold are among them."""
         target = Node(location_of(key))
-        self._table.queried(target, self._now())
         start = self._table.find_neighbors(target, self.config.ksize)
         lookup = ValueLookup(self._protocol, key, target, start, self.config.ksize, self._self.id)
         merge(lookup.merged, self.records_of(key))
         await lookup.find()
+        self._looked(lookup)
+        if self.on_lookup is not None:
+            self.on_lookup(lookup.report)
         merge(lookup.merged, self.records_of(key))
         for contact, records in lookup.corrections():
             work = self._correct(contact, records)
@@ -266,6 +305,7 @@ class Dht:
             self._protocol, target, [*([near] if near else []), *start], self.config.ksize, self._self.id
         )
         await lookup.find()
+        self._looked(lookup)
         found = lookup.seen.get(target.id)
         return tuple(dict.fromkeys((*known, *(found.addresses if found else ()))))
 
@@ -321,14 +361,23 @@ class Dht:
         return group_of(remote, exempt_private=False)
 
     def heard_from(self, peer: PeerId) -> None:
-        """A peer that asks may be a server: it enters the table when it answers."""
-        if self._table.get(Contact(peer).id) is None:
-            self._consider(peer)
+        """A peer that asked, or said what it speaks: one that serves the DHT enters the table, as if it had answered.
+
+        It told us so over an authenticated connection; a question back would tell no more. What could not be dialled a moment ago
+        does not come in by asking.
+        """
+        now = self._now()
+        known = self._table.get(Contact(peer).id)
+        if known is not None:
+            known.seen = now
+            self._table.renew(known)
+            return
+        book = self._host.address_book
+        serves = DHT in book.protocols(peer) and self._refused.get(peer, 0.0) <= now
+        if serves and any(book.may_dial(address, now) for address in book.addresses(peer, now)):
+            self._admit(Contact(peer))
 
     def _consider(self, peer: PeerId) -> None:
-        protocols = self._host.protocols_of(peer)
-        if self._refused.get(peer, 0.0) > self._now() or (protocols and DHT not in protocols):
-            return
         self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
 
     async def _ask_whether_alive(self, peer: PeerId) -> None:
@@ -344,25 +393,37 @@ class Dht:
             self._refused[contact.peer] = self._now() + limits.REFUSED_REMEMBERED_S
             while len(self._refused) > limits.REFUSED_REMEMBERED_MAX:
                 self._refused.pop(next(iter(self._refused)))
+        unreached = isinstance(error, TimedOut) and self._host.connection(contact.peer) is None
+        self._silent(contact, is_gone=is_gone(error) or unreached)
+
+    def _silent(self, contact: Contact, *, is_gone: bool = False) -> None:
+        """A contact didn't answer: after a few times, or when it is gone for sure, it leaves the table."""
         known = self._table.get(contact.id)
         if known is None:
             return
         self._failures[contact.id] = self._failures.get(contact.id, 0) + 1
-        if is_gone(error) or self._failures[contact.id] >= limits.FAILURES_MAX:
+        if is_gone or self._failures[contact.id] >= limits.FAILURES_MAX:
             self._failures.pop(contact.id, None)
             self._table.remove_contact(known)
+            _remember(self._lost, known.peer, self._addresses(known), limits.LOST_MAX)
 
     def _admit(self, contact: Contact) -> None:
-        is_new = self._table.get(contact.id) is None
+        """A contact answered, or showed itself."""
+        now = self._now()
+        known = self._table.get(contact.id)
+        if known is not None and known.addresses:
+            known.seen = now
+            self._table.renew(known)
+            return
         fresh = self._contact_of(contact.peer, contact.addresses)
-        asked = self._table.add_contact(fresh)
-        self._remembered.pop(fresh.peer, None)
-        self._remembered[fresh.peer] = fresh.addresses
-        while len(self._remembered) > limits.REMEMBERED_MAX:
-            self._remembered.pop(next(iter(self._remembered)))
-        if asked is not None:
-            self._consider(asked.peer)
-        elif is_new and self._table.get(contact.id) is not None:
+        fresh.seen = now
+        oldest = self._table.add_contact(fresh)
+        self._lost.pop(fresh.peer, None)
+        _remember(self._remembered, fresh.peer, fresh.addresses, limits.REMEMBERED_MAX)
+        if oldest is not None:
+            if now - oldest.seen > limits.CONTACT_FRESH_S:
+                self._consider(oldest.peer)
+        elif known is None and self._table.get(fresh.id) is not None:
             self._spawn(f"hand over {fresh.peer}", self._hand_over(fresh))
 
     def _connection_closed(self, connection: Connection) -> None:
@@ -377,32 +438,78 @@ class Dht:
 
     async def _keep_up(self) -> None:
         while True:
-            await asyncio.sleep(limits.UPKEEP_S)
+            self._wake.clear()
+            wait_s = max(self._next_due() - self._now(), limits.UPKEEP_S)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
+                await asyncio.sleep(limits.UPKEEP_S)
+            except TimeoutError:
+                pass  # something is due
             self.upkeep(self._now())
 
+    def _next_due(self) -> float:
+        """The moment of the next piece of upkeep."""
+        lost = self._lost_due if self._lost else float("inf")
+        return min(self._self_lookup_due, lost, self._refresh_due()[0], self._publications.next_due())
+
     def upkeep(self, now: float) -> None:
-        """Once a second: expiry, what is due to be published, lookups that keep the table fresh."""
+        """At most once a second: expiry, what is due to be published, lookups that keep the table fresh."""
         self._store.expire(now)
         for publication in self._publications.due(now):
             renewed = self._publications.renewed(publication, now, self._ports.wall_clock.now_s())
             self._replicate_soon(renewed)
-        if not self.ready and now >= self._self_lookup_due:
+        if now >= self._self_lookup_due:
             self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
-            self._spawn("meet again", self._meet_again())
-        elif now >= self._self_lookup_due:
-            lonely = len(self._table) < self.config.ksize
-            self._spawn("look for self", self._look_for_self())
-            self._self_lookup_due = now + (limits.SELF_LOOKUP_LONELY_S if lonely else limits.SELF_LOOKUP_S)
-        for low, high in self._table.stale_ranges(now - limits.BUCKET_REFRESH_S)[:1]:
-            self._spawn("refresh", self._refresh(low, high))
+            if self.ready:
+                self._spawn("look for self", self._look_for_self())
+            else:
+                self._spawn("meet again", self._meet_again())
+        due, depth = self._refresh_due()
+        if now >= due:
+            self._refreshed[depth] = now
+            self._spawn(f"refresh {depth}", self._refresh(depth))
+        if self._lost and now >= self._lost_due:
+            self._lost_due = now + limits.LOST_RETRY_S
+            self._spawn("look for the lost", self._look_for_lost())
 
     async def _meet_again(self) -> None:
         await self.bootstrap(list(self._remembered.items()))
 
-    async def _refresh(self, low: int, high: int) -> None:
+    async def _look_for_lost(self) -> None:
+        """Try a few of those that vanished. One that is back may have come with many: look who is near us now."""
+        lost = list(self._lost)
+        for _ in range(min(limits.LOST_RETRIES, len(lost))):
+            peer = lost.pop(self._ports.randomness.below(len(lost)))
+            if await self._protocol.call_ping(self._contact_of(peer, self._lost.get(peer, ()))):
+                self._lost.pop(peer, None)
+                self._self_lookup_due = self._now()
+                self._wake.set()
+
+    def _refresh_due(self) -> tuple[float, int]:
+        """When which part of the id space is to be looked into: part ``d`` shares d bits with us, and no more."""
+        if not self.ready:
+            return float("inf"), 0
+        looked = [(self._refreshed.get(depth, float("-inf")), depth) for depth in range(self._table.own_depth)]
+        at, depth = min(looked, default=(float("inf"), 0))
+        return at + limits.REFRESH_S, depth
+
+    async def _refresh(self, depth: int) -> None:
         drawn = int.from_bytes(self._ports.randomness.token(limits.ID_BYTES), "big")
-        target = low + drawn % (high - low + 1)
-        await self._closest_to(Node(target.to_bytes(limits.ID_BYTES, "big")))
+        low_bits = limits.ID_BITS - depth - 1
+        flipped = self._self.long_id ^ (1 << low_bits)
+        target = (flipped >> low_bits << low_bits) | (drawn & ((1 << low_bits) - 1))
+        await self._closest_to(Node(target.to_bytes(limits.ID_BYTES, "big")), limits.REFRESH_RPCS_MAX)
+
+
+def _remember(
+    peers: dict[PeerId, tuple[Multiaddr, ...]], peer: PeerId, addresses: tuple[Multiaddr, ...], most: int
+) -> None:
+    """The latest stand last; the oldest are forgotten."""
+    peers.pop(peer, None)
+    peers[peer] = addresses
+    while len(peers) > most:
+        peers.pop(next(iter(peers)))
 
 
 def _ignore(_: Connection) -> None:

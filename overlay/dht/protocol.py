@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from kademlia.node import Node
@@ -20,7 +21,7 @@ from overlay.dht.table import Contact, group_of
 from overlay.errors import DialError, InvalidAddress, PeerdError, ProtocolRefused, ProtocolViolation
 from overlay.host import Host
 from overlay.identity import PeerId, decode_address_or_none
-from overlay.multiaddr import Multiaddr
+from overlay.multiaddr import ADDRESSES_CACHED, Multiaddr
 from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call, serve_unary
 
@@ -193,19 +194,18 @@ class DhtProtocol:
             peer = PeerId.from_bytes(raw_peer)
         except InvalidAddress:
             return None
-        decoded = [
-            decode_address_or_none(raw)
-            for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT]
-            if isinstance(raw, bytes)
-        ]
-        addresses = [
-            address
-            for address in decoded
-            if address is not None and address.is_tcp and (trusts_private or not address.is_loopback_or_private)
-        ]
+        decoded = [_usable(raw) for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if isinstance(raw, bytes)]
+        addresses = [found[0] for found in decoded if found is not None and (trusts_private or not found[1])]
         if not addresses:
             return None
         return Contact(peer, addresses, group_of(addresses[0], exempt_private=self._exempt_private))
+
+
+@lru_cache(maxsize=ADDRESSES_CACHED)
+def _usable(raw: bytes) -> tuple[Multiaddr, bool] | None:
+    """An address that can be dialled, and whether it is a private one."""
+    address = decode_address_or_none(raw)
+    return None if address is None or not address.is_tcp else (address, address.is_loopback_or_private)
 
 
 def _encode_addresses(addresses: Sequence[Multiaddr]) -> list[bytes]:

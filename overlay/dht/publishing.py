@@ -25,6 +25,9 @@ class Publication:
     holders: dict[bytes, int] = field(default_factory=dict)
     """Node ids that took this very record, and their distance to the key."""
     ever_offered: bool = False
+    nearest: tuple[Contact, ...] = ()
+    """The closest nodes to its key, as they were at ``located``."""
+    located: float = float("-inf")
 
     @property
     def location(self) -> bytes:
@@ -52,6 +55,8 @@ class Publications:
         record = seal_record(self._identity, key, subkey, self._last_sequence, life_s, value)
         before = self._entries.get(name)
         publication = Publication(record, now, now + life_s, ever_offered=before is not None)
+        if before is not None:
+            publication.nearest, publication.located = before.nearest, before.located
         self._entries[name] = publication
         return publication
 
@@ -78,12 +83,28 @@ class Publications:
                 del self._entries[name]
         return [entry for entry in self._entries.values() if now >= entry.due]
 
+    def next_due(self) -> float:
+        """When something is due next."""
+        dues = [
+            min(entry.due, entry.expires) if entry.record.is_withdrawn else entry.due
+            for entry in self._entries.values()
+        ]
+        return min(dues, default=float("inf"))
+
     def renewed(self, publication: Publication, now: float, wall_s: float) -> Publication:
         """The same value under a new sequence, once it has been out: the same sequence renews nothing at holders."""
         record = publication.record
         if record.is_withdrawn or not publication.ever_offered:
             return publication
         return self.set(record.key, record.subkey, record.value, record.ttl_s, now, wall_s)
+
+    def located(self, publication: Publication, nearest: list[Contact], now: float) -> None:
+        """A lookup found those closest to its key."""
+        publication.nearest, publication.located = tuple(nearest), now
+
+    def known_nearest(self, publication: Publication, now: float) -> tuple[Contact, ...]:
+        """The closest nodes, if they were looked for lately; else empty."""
+        return publication.nearest if now - publication.located < limits.LOCATED_S else ()
 
     def offered(self, publication: Publication, holders: list[Contact], now: float) -> None:
         """Those contacts hold it now: due again at half its life, or soon when nobody took it."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import ipaddress
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import cast
 
 from kademlia.node import Node, NodeHeap
@@ -19,18 +22,31 @@ from overlay.dht import limits
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
 
+PLACES_CACHED = 16384
+
 
 def node_id_of(peer: PeerId) -> bytes:
     """An id is bound to its key: nobody chooses it freely."""
-    return hashlib.sha256(peer.multihash).digest()
+    return _place_of(peer.multihash)[0]
+
+
+@lru_cache(maxsize=PLACES_CACHED)
+def _place_of(multihash: bytes) -> tuple[bytes, int]:
+    node_id = hashlib.sha256(multihash).digest()
+    return node_id, int.from_bytes(node_id, "big")
 
 
 def group_of(address: Multiaddr | None, *, exempt_private: bool) -> str:
     """/24 or /48 of an address; empty for names, and for private ones where those are exempt."""
     if address is None or (exempt_private and address.is_loopback_or_private):
         return ""
+    return _network_of(address.host or "")
+
+
+@lru_cache(maxsize=PLACES_CACHED)
+def _network_of(host: str) -> str:
     try:
-        parsed = ipaddress.ip_address(address.host or "")
+        parsed = ipaddress.ip_address(host)
     except ValueError:
         return ""
     return str(ipaddress.ip_network((parsed, 24 if parsed.version == 4 else 48), strict=False))
@@ -39,11 +55,14 @@ def group_of(address: Multiaddr | None, *, exempt_private: bool) -> str:
 class Contact(Node):
     """A peer in the id space."""
 
-    def __init__(self, peer: PeerId, addresses: Sequence[Multiaddr] = (), group: str = "") -> None:
-        super().__init__(node_id_of(peer))
+    def __init__(self, peer: PeerId, addresses: Sequence[Multiaddr] = (), group: str = "", seen: float = 0.0) -> None:
+        self.id, self.long_id = _place_of(peer.multihash)
+        self.ip = self.port = None  # of the base, which compares and prints them
         self.peer = peer
         self.addresses = tuple(addresses)[: limits.ADDRESSES_PER_CONTACT]
         self.group = group
+        self.seen = seen
+        """When it last answered, or asked."""
 
     def same_home_as(self, node: Node) -> bool:
         """The base compares addresses, which are absent here and so would all be equal."""
@@ -54,19 +73,42 @@ class Contact(Node):
 
 
 class CandidateHeap(NodeHeap):
-    """The base's heap, bounded: only the nearest `CANDIDATES_MAX` are kept."""
+    """The base's heap as a sorted list without searches through it, bounded: the nearest `CANDIDATES_MAX` are kept."""
 
-    def push(self, nodes: Node | list[Node]) -> None:
-        super().push(nodes)
-        if len(self.heap) > limits.CANDIDATES_MAX:
-            self.heap = heapq.nsmallest(limits.CANDIDATES_MAX, self.heap)
+    def __init__(self, node: Node, maxsize: int) -> None:
+        super().__init__(node, maxsize)
+        self._ids: dict[bytes, None] = {}
+
+    def push(self, nodes: Node | Sequence[Node]) -> None:
+        for node in [nodes] if isinstance(nodes, Node) else nodes:
+            if node.id not in self._ids:
+                self._ids[node.id] = None
+                insort(self.heap, (self.node.distance_to(node), node), key=itemgetter(0))
+        for _, node in self.heap[limits.CANDIDATES_MAX :]:
+            del self._ids[node.id]
+        del self.heap[limits.CANDIDATES_MAX :]
+
+    def remove(self, peers: list[bytes]) -> None:
+        for peer in peers:
+            if self._ids.pop(peer, self) is None:
+                self.heap = [entry for entry in self.heap if entry[1].id != peer]
+
+    def __contains__(self, node: Node) -> bool:
+        return node.id in self._ids
+
+    def __iter__(self) -> Iterator[Contact]:
+        return iter([node for _, node in self.heap[: self.maxsize]])
+
+    def by_distance(self) -> Iterator[Contact]:
+        """All of them, the nearest first."""
+        return iter([node for _, node in self.heap])
 
 
 class Bucket(KBucket):
-    """A bucket that reads no clock: `Table.queried` says when it was last asked about."""
+    """A bucket that reads no clock; when its part of the id space was looked into is the node's business."""
 
     def touch_last_updated(self) -> None:
-        self.last_updated = 0.0
+        """The base's clock."""
 
     def split(self) -> tuple[Bucket, Bucket]:
         """Two halves; replacements stay candidates of their half."""
@@ -76,8 +118,6 @@ class Bucket(KBucket):
         for nodes in (self.nodes, self.replacement_nodes):
             for node in nodes.values():
                 halves[0 if node.long_id <= middle else 1].add_node(node)
-        for half in halves:
-            half.last_updated = self.last_updated
         return halves
 
     @property
@@ -147,16 +187,20 @@ class Table(RoutingTable):
     def __len__(self) -> int:
         return sum(len(bucket) for bucket in self.buckets)
 
+    def renew(self, node: Contact) -> bool:
+        """Put a contact that is in the table at the young end of its bucket; False when it isn't there."""
+        bucket = self.buckets[self.get_bucket_for(node)]
+        return node.id in bucket.nodes and bool(bucket.add_node(node))
+
     def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[Contact]:
         """The exact ``k`` nearest (the base's walk finds half of them)."""
-        unwanted = {node.id} if exclude is None else {node.id, exclude.id}
-        found = (contact for contact in self.contacts() if contact.id not in unwanted)
-        return heapq.nsmallest(k or self.ksize, found, key=node.distance_to)
+        target = node.long_id
+        found = [(contact.long_id ^ target, contact) for bucket in self.buckets for contact in bucket.nodes.values()]
+        unwanted = (0,) if exclude is None else (0, exclude.long_id ^ target)
+        near = heapq.nsmallest((k or self.ksize) + len(unwanted), found, key=itemgetter(0))
+        return [contact for distance, contact in near if distance not in unwanted][: k or self.ksize]
 
-    def queried(self, node: Node, now: float) -> None:
-        """We looked for an id: its bucket is fresh."""
-        self.buckets[self.get_bucket_for(node)].last_updated = now
-
-    def stale_ranges(self, before: float) -> list[tuple[int, int]]:
-        """Ranges of buckets that we haven't looked into since ``before``."""
-        return [bucket.range for bucket in self.buckets if bucket.last_updated < before]
+    @property
+    def own_depth(self) -> int:
+        """How many leading bits the bucket around our own id fixes."""
+        return cast("Bucket", self.buckets[self.get_bucket_for(self.node)]).prefix_bits

@@ -78,8 +78,11 @@ class MessageChannel:
 
     # --- sending ---
 
-    def send(self, message: Message, *, end: bool = False) -> None:
-        """Sign, frame and transmit in this call. Raises StreamReset, StreamClosed, ConnectionLost, LimitExceeded."""
+    def send(self, message: Message, *, end: bool = False, close: bool = False) -> None:
+        """Sign, frame and transmit in this call; with ``close`` it is the last.
+
+        Raises StreamReset, StreamClosed, ConnectionLost, LimitExceeded.
+        """
         if message.header_bytes is not None and message.signature is not None:
             header, signature = message.header_bytes, message.signature
         else:
@@ -92,15 +95,15 @@ class MessageChannel:
         self.statistics.codec_s += time.perf_counter() - started
         self._send_sequence += 1
         self.statistics.sent += 1
-        self.stream.write_nowait(*buffers)
+        self.stream.write_nowait(*buffers, end=close)
 
     def _choose(self, part: Part) -> Codec:
         return choose_codec(part, self.stream.connection.uplink_bytes_per_s)
 
-    async def send_and_drain(self, message: Message, *, end: bool = False) -> None:
+    async def send_and_drain(self, message: Message, *, end: bool = False, close: bool = False) -> None:
         """As `send`, then wait until the stream's queue is low."""
-        self.send(message, end=end)
-        await self.stream.write()
+        self.send(message, end=end, close=close)
+        await self.stream.drain()
 
     def close(self) -> None:
         """End our direction after what was sent."""

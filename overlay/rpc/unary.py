@@ -77,8 +77,7 @@ def serve_unary(
         fresh = replace(
             answer, header={**answer.header, "nonce": nonce}, recipient=b"", header_bytes=None, signature=None
         )
-        await channel.send_and_drain(fresh, end=True)
-        channel.close()
+        await channel.send_and_drain(fresh, end=True, close=True)
 
     host.serve(protocol, handle, max_inbound_per_peer=limits.CALLS_PER_PEER_MAX, priority=priority)
 
@@ -146,9 +145,8 @@ async def _ask(stream: Stream, host: Host, question: Message, message_bytes_max:
     finished = False
     try:
         channel = MessageChannel(stream, host.identity, message_bytes_max=message_bytes_max)
-        await channel.send_and_drain(question, end=True)
+        await channel.send_and_drain(question, end=True, close=True)
         answer = await channel.receive()
-        channel.close()
         finished = True
     finally:
         if not finished and stream.error is None:

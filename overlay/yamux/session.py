@@ -36,6 +36,8 @@ CONNECTION_WINDOW_MAX = 64 << 20
 PONGS_QUEUED_MAX = 64
 CONTROL_QUEUE_BYTES_MAX = 1 << 20
 GROWTH_RTTS = 4
+CREDIT_BYTES_MAX = 1 << 20
+"""Credit goes back after half a window, and after so many bytes at the latest: a sender far away must not wait for half of it."""
 RTT_UNKNOWN_S = 0.1
 DEAD_STREAMS_REMEMBERED = 4096
 MARK_BIT = 1 << 31
@@ -83,7 +85,10 @@ class Lane:
     receive_window: int = INITIAL_WINDOW
     window_size: int = INITIAL_WINDOW
     consumed: int = 0
-    last_update: float = 0.0
+    """Bytes whose credit is to go back."""
+    half_consumed: int = 0
+    """Of the half window by whose time the window grows."""
+    half_began: float = 0.0
     syn_due: bool = False
     ack_due: bool = False
     acked: bool = False
@@ -188,14 +193,20 @@ class Session:
             self._queue_update(lane)
 
     def consumed(self, lane: Lane, count: int, now: float) -> None:
-        """The application took ``count`` bytes: credit goes back once it is half a window."""
+        """The application took ``count`` bytes: credit goes back bit by bit, and a window that is used quickly grows."""
         if not lane.can_receive:
             return
         lane.consumed += count
-        if lane.consumed * 2 < lane.window_size:
-            return
+        lane.half_consumed += count
+        if lane.half_consumed * 2 >= lane.window_size:
+            self._grow(lane, now)
+        if lane.consumed >= min(lane.window_size // 2, CREDIT_BYTES_MAX):
+            self._queue_update(lane)
+
+    def _grow(self, lane: Lane, now: float) -> None:
+        """Half a window was taken: twice as large, if that took few round trips and the connection's budget allows."""
         rtt = self.rtt_s if self.rtt_s is not None else RTT_UNKNOWN_S
-        if now - lane.last_update < GROWTH_RTTS * rtt:
+        if now - lane.half_began < GROWTH_RTTS * rtt:
             extra = min(
                 lane.window_size, RECEIVE_WINDOW_MAX - lane.window_size, CONNECTION_WINDOW_MAX - self._granted_extra
             )
@@ -203,8 +214,7 @@ class Session:
                 self._granted_extra += extra
                 lane.window_size += extra
                 lane.consumed += extra
-        lane.last_update = now
-        self._queue_update(lane)
+        lane.half_consumed, lane.half_began = 0, now
 
     def ping(self, now: float) -> None:
         """Queue a ping unless one is under way."""
@@ -380,8 +390,13 @@ class Session:
         elif flags & FLAG_ACK and self._ping_sent is not None and value == self._ping_value:
             rtt = max(now - self._ping_sent, 1e-6)
             self._ping_sent = None
-            self.rtt_s = rtt if self.rtt_s is None else min(rtt, 0.8 * self.rtt_s + 0.2 * rtt)
+            self.answered_after(rtt)
             self._events.pong(rtt)
+
+    def answered_after(self, rtt: float) -> None:
+        """A round trip was seen, here or before the session began."""
+        rtt = max(rtt, 1e-6)
+        self.rtt_s = rtt if self.rtt_s is None else min(rtt, 0.8 * self.rtt_s + 0.2 * rtt)
 
     # --- bookkeeping ---
 
