@@ -78,11 +78,13 @@ class Striker:
         if not hops:
             return False
         index = int(strike.share * len(hops))
-        target = hops[index]
-        others = (target.name, *self._struck)
-        if target.name in self._struck or min(self.coverage(others)) < 1:
-            return False
         onward = hops[index + 1] if index + 1 < len(hops) else driver
+        return self.strike_one(hops[index], onward, strike)
+
+    def strike_one(self, target: Machine, onward: Machine, strike: Strike) -> bool:
+        """Hit a server, or its way to ``onward``. False when it would leave a gap."""
+        if target.name in self._struck or min(self.coverage((target.name, *self._struck))) < 1:
+            return False
         return self._hit(target, onward, strike, STRIKES[strike.kind])
 
     def _hit(self, target: Machine, onward: Machine, strike: Strike, how: StrikeKind) -> bool:

@@ -1,0 +1,205 @@
+"""Batches through all blocks and back over whole daemons, while servers of them are lost: outputs and gradients must always be the same.
+
+Owns who asks for which batch, which server is struck meanwhile (`netsim.strikes`), and what is measured of it. What has to come out is
+worked out by `netsim.arithmetic` in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random  # noqa: TID251 - the seeded generators that the world hands out
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import numpy as np
+
+from blocks.protocol.device import Batch
+from netsim.arithmetic import PRIME, Numbers, backward, forward, integers_of, part_of
+from netsim.metrics import Metrics
+from netsim.peers.node import NodePeer, NodeSettings
+from netsim.sim_host import Machine
+from netsim.strikes import STRIKES, Strike, Striker
+from netsim.workloads.sessions import ASK_AGAIN_S, ONLINE_LOOK_S, SAMPLE_S, is_ready
+from netsim.world import HostDied, World
+from overlay.errors import PeerdError
+from overlay.rpc.types import Part
+from routing.types import Span
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettings:
+    """The workload's part of a scenario.
+
+    Attributes:
+        batches: by each driver, one after the other: forward, then back.
+        prompts: the share of batches with deep prompts; ``padding`` that with a mask.
+        strikes: how servers are struck, drawn from; one for each batch, at a moment drawn from ``strike_at_s`` after it was asked for.
+    """
+
+    drivers: str = "driver"
+    servers: str = "server"
+    batches: int = 6
+    rows: tuple[int, int] = (1, 24)
+    tokens: tuple[int, int] = (16, 128)
+    prompts: float = 0.5
+    padding: float = 0.5
+    wait_s: float = 60.0
+    strikes: tuple[str, ...] = ()
+    strike_at_s: tuple[float, float] = (0.0, 2.0)
+    back_after_s: tuple[float, float] = (5.0, 30.0)
+    ready_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in self.strikes:
+            if name not in STRIKES:
+                raise ValueError(f"strikes: there is no {name!r}; there are {', '.join(sorted(STRIKES))}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A batch, and the gradient of its output."""
+
+    batch: Batch
+    grad: Part
+
+
+class Batches:
+    """See the module."""
+
+    SETTINGS: ClassVar[type[CallSettings]] = CallSettings
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "batches.asked": "batches, each forward and back",
+        "batches.done": "batches that came back",
+        "batches.wrong": "batches whose output or gradients differ from the model's",
+        "batches.failed": "batches that ended with an error",
+        "tokens": "rows times tokens of batches that came back",
+        "batch_s": "seconds of a batch that wasn't struck",
+        "struck_batch_s": "seconds of a batch during which a server was struck",
+        "strikes": "strikes on servers",
+        "strikes.*": "the same by kind",
+        "servers_lost": "calls that lost their server",
+        "online_s": "seconds until every block was served",
+        "coverage.*": "servers of a block that are online, over time",
+        "coverage.min": "of the blocks, the fewest, over time",
+    }
+
+    def __init__(self, world: World, settings: CallSettings, metrics: Metrics) -> None:
+        self.world = world
+        self.settings = settings
+        self.metrics = metrics
+        for name in ("batches.asked", "batches.done", "batches.wrong", "batches.failed", "tokens", "strikes"):
+            metrics.count(name, 0)
+        told = cast(NodeSettings, world.group(settings.servers)[0].settings)
+        self.span, self.width = Span(0, told.blocks), told.width
+        self.striker = Striker(world, settings.servers, told.blocks)
+
+    async def run(self) -> None:
+        """Wait for the swarm, and let every driver ask for its batches."""
+        async with asyncio.TaskGroup() as background:
+            sampling = background.create_task(self._sample(), name="sampling")
+            await self._wait_online()
+            async with asyncio.TaskGroup() as asking:
+                for machine in self.world.group(self.settings.drivers):
+                    asking.create_task(self._drive(machine), name=f"{machine.name} asks")
+            lost = sum(cast(NodePeer, machine.peer).node.calls.servers_lost for machine in self._drivers_alive())
+            self.metrics.put("servers_lost", lost)
+            sampling.cancel()
+
+    def _drivers_alive(self) -> list[Machine]:
+        return [machine for machine in self.world.alive(self.settings.drivers) if machine.peer is not None]
+
+    async def _wait_online(self) -> None:
+        deadline = self.world.now_s + self.settings.ready_s
+        drivers = self.world.group(self.settings.drivers)
+        while self.striker.weakest() < 1 or not all(is_ready(machine) for machine in drivers):
+            if self.world.now_s > deadline:
+                self.world.fail("", f"not every block was served after {self.settings.ready_s:g} s")
+                return
+            await asyncio.sleep(ONLINE_LOOK_S)
+        self.metrics.put("online_s", self.world.now_s)
+
+    async def _drive(self, machine: Machine) -> None:
+        draws = self.world.random(f"batches of {machine.name}")
+        for _ in range(self.settings.batches):
+            asked = self._batch(draws)
+            self.metrics.count("batches.asked")
+            struck = asyncio.ensure_future(self._strike(machine, draws))  # noqa: TID251 - awaited or cancelled below
+            began_s = self.world.now_s
+            try:
+                peer = cast(NodePeer, machine.peer)
+                work = peer.forward_and_back(asked.batch, asked.grad, wait_s=self.settings.wait_s)
+                output, grads = await self.world.on(machine, work)
+            except (PeerdError, HostDied) as error:
+                self.world.trace.note(machine.name, f"no gradients: {error!r}")
+                self.metrics.count("batches.failed", of=machine.name)
+            else:
+                took_s = self.world.now_s - began_s
+                is_struck = struck.done() and struck.result()
+                self.metrics.observe("struck_batch_s" if is_struck else "batch_s", took_s, of=machine.name)
+                self._compare(machine, asked, output, (grads.hidden, grads.prompts))
+            struck.cancel()
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    def _batch(self, draws: random.Random) -> _Asked:
+        settings = self.settings
+        rows, tokens = draws.randint(*settings.rows), draws.randint(*settings.tokens)
+        numbers = np.random.default_rng(draws.getrandbits(32))
+
+        def made(*shape: int) -> Numbers:
+            return numbers.integers(0, PRIME, shape)
+
+        mask = positions = prompts = None
+        if draws.random() < settings.padding:
+            lengths = numbers.integers(1, tokens + 1, rows)
+            kept = (np.arange(tokens)[None] < lengths[:, None]).astype(np.uint8)
+            places = np.maximum(np.cumsum(kept, axis=1) - 1, 0).astype(np.int32)
+            mask = Part("mask", "uint8", (rows, tokens), kept.tobytes())
+            positions = Part("positions", "int32", (rows, tokens), places.tobytes())
+        if draws.random() < settings.prompts:
+            prompts = part_of(made(len(self.span), min(4, tokens), self.width), "prompts")
+        batch = Batch(part_of(made(rows, tokens, self.width)), mask, positions, prompts)
+        return _Asked(batch, part_of(made(rows, tokens, self.width), "grad"))
+
+    async def _strike(self, driver: Machine, draws: random.Random) -> bool:
+        """Strike a server, drawn among those whose loss leaves no gap."""
+        settings = self.settings
+        if not settings.strikes:
+            return False
+        kind, share = draws.choice(settings.strikes), draws.random()
+        back_after_s, at_s = draws.uniform(*settings.back_after_s), draws.uniform(*settings.strike_at_s)
+        await asyncio.sleep(at_s)
+        serving = [machine for machine, _ in self.striker.spans()]
+        if not serving:
+            return False
+        target = serving[int(share * len(serving))]
+        if not self.striker.strike_one(target, driver, Strike(kind, 0, share, back_after_s)):
+            return False
+        self.metrics.count("strikes")
+        self.metrics.count(f"strikes.{kind}")
+        return True
+
+    def _compare(self, machine: Machine, asked: _Asked, output: Part, grads: tuple[Part, Part | None]) -> None:
+        expected = forward(self.span, asked.batch)
+        of_hidden, of_prompts = backward(self.span, asked.batch, integers_of(asked.grad))
+        right = (integers_of(output) == expected).all() and (integers_of(grads[0]) == of_hidden).all()
+        if of_prompts is None or grads[1] is None:
+            right = right and (of_prompts is None) == (grads[1] is None)
+        else:
+            right = right and (integers_of(grads[1]) == of_prompts).all()
+        rows, tokens, _ = output.shape
+        self.metrics.count("batches.done")
+        self.metrics.count("tokens", rows * tokens)
+        self.metrics.count("batches.wrong", int(not right), of="" if right else machine.name)
+        self.world.trace.add("batch", machine.name, f"{rows} {tokens} {bool(right)}")
+
+    async def _sample(self) -> None:
+        while True:
+            coverage = self.striker.coverage()
+            for block, servers in enumerate(coverage):
+                self.metrics.sample(f"coverage.{block}", self.world.now_s, servers)
+            self.metrics.sample("coverage.min", self.world.now_s, min(coverage))
+            await asyncio.sleep(SAMPLE_S)
+
+
+WORKLOADS = {"batches": Batches}
