@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from overlay.errors import LimitExceeded, ProtocolViolation
 from overlay.yamux.session import (
+    CREDIT_BYTES_MAX,
     CREDIT_MAX,
     FLAG_ACK,
     FLAG_FIN,
@@ -20,6 +21,7 @@ from overlay.yamux.session import (
     HEADER,
     INITIAL_WINDOW,
     MOVES,
+    RECEIVE_WINDOW_MAX,
     STREAMS_MAX,
     TYPE_DATA,
     TYPE_GOAWAY,
@@ -174,6 +176,17 @@ def test_a_window_that_is_used_up_within_a_few_round_trips_doubles() -> None:
     session.poll_control()
     session.consumed(lane, INITIAL_WINDOW // 2, 10.2)
     assert lane.window_size == 2 * INITIAL_WINDOW
+
+
+def test_a_large_window_gives_credit_back_long_before_half_of_it_and_does_not_grow_sooner_for_that() -> None:
+    session, _, lane = with_stream()
+    session.grant(lane, RECEIVE_WINDOW_MAX // 2 - INITIAL_WINDOW)
+    session.poll_control()
+    session.consumed(lane, CREDIT_BYTES_MAX - 1, 0.1)
+    assert not session.has_control
+    session.consumed(lane, 1, 0.1)
+    assert HEADER.unpack(session.poll_control())[4] == CREDIT_BYTES_MAX
+    assert lane.window_size == RECEIVE_WINDOW_MAX // 2
 
 
 def test_credit_over_what_a_window_can_hold_is_refused() -> None:
