@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from netsim.fabric import Card, Fabric
 from netsim.fabric import Path as Route
 from netsim.loop import HOST, NothingWillHappen, TimeStandsStill, VirtualLoop
 from netsim.metrics import STATISTICS, Metrics
+from netsim.null_channel import cheap_signatures
 from netsim.outcome import Checked, Outcome
 from netsim.paths import one_way_delay_s
 from netsim.peers import UnknownKind, peer_class
@@ -111,8 +113,9 @@ def run_seed(
     level = root.level
     root.addHandler(handler)
     root.setLevel(handler.level)
+    signatures = nullcontext() if prepared.scenario.is_noise else cheap_signatures()
     try:
-        with asyncio.Runner(loop_factory=lambda: run.loop) as runner:
+        with signatures, asyncio.Runner(loop_factory=lambda: run.loop) as runner:
             try:
                 runner.run(run.main())
             except (NothingWillHappen, TimeStandsStill) as error:
