@@ -17,8 +17,7 @@ from blocks.protocol.call_errors import CallFault
 from blocks.protocol.device import Batch
 from blocks.protocol.fields import read_bytes, read_integer, read_list, read_text
 from blocks.protocol.session_errors import BadMessage
-from overlay.rpc.signing import digest_of
-from overlay.rpc.types import DTYPE_BYTES, Message, Part
+from overlay.rpc.types import DTYPE_BYTES, Message, Part, digest_of
 from routing.types import ModelId, Span
 
 FORWARD, BACKWARD = "forward", "backward"

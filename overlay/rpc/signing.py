@@ -9,7 +9,7 @@ import hashlib
 
 from overlay.errors import InvalidAddress
 from overlay.identity import Identity, PeerId, verify
-from overlay.rpc.types import Message, Part
+from overlay.rpc.types import Message, Part, digest_of
 
 DOMAIN = b"peerd-message:1"
 
@@ -17,16 +17,6 @@ DOMAIN = b"peerd-message:1"
 def signed_bytes(header: bytes, parts_digest: bytes) -> bytes:
     """79 bytes that stand for a message."""
     return DOMAIN + hashlib.sha256(header).digest() + parts_digest
-
-
-def digest_of(parts: tuple[Part, ...]) -> bytes:
-    """SHA-256 over the parts' bytes in order; of a single part that's the part's own, which is hashed once."""
-    if len(parts) == 1 and parts[0].digest is not None:
-        return parts[0].digest
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.data)
-    return digest.digest()
 
 
 def sign(identity: Identity, header: bytes, parts: tuple[Part, ...], parts_digest: bytes | None = None) -> bytes:

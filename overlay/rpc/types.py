@@ -6,6 +6,7 @@ Knows nothing of models: a part is a named, shaped, typed run of bytes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,3 +65,13 @@ class Message:
     signature: bytes | None = field(default=None, repr=False)
     parts_digest: bytes | None = field(default=None, repr=False, compare=False)
     """SHA-256 of the parts' bytes in order, where this process has computed it already; it is never taken from a peer."""
+
+
+def digest_of(parts: tuple[Part, ...]) -> bytes:
+    """SHA-256 over the parts' bytes in order; of a single part that's the part's own, which is hashed once."""
+    if len(parts) == 1 and parts[0].digest is not None:
+        return parts[0].digest
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.data)
+    return digest.digest()
