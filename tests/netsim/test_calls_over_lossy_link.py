@@ -20,7 +20,7 @@ from blocks.protocol.call_errors import CallFault
 from blocks.protocol.calls import Offer, batch_rows, rows_of
 from blocks.protocol.device import BackwardJob, Batch, ForwardJob, Job, JobResult
 from blocks.protocol.part_lists import joined, summed
-from netsim.link import LinkOptions, Network, Trace
+from netsim.fabric import Path
 from netsim.loop import run
 from netsim.ports import SimClock, SimRandomness, SimWallClock
 from overlay.errors import PeerdError
@@ -36,6 +36,7 @@ from peerd.in_order import in_order
 from peerd.training import limits
 from routing.records import SpanRecord, State
 from routing.types import ComputeClass, ModelId, Span
+from tests.netsim.small_network import Lines, SmallNetwork
 from tests.peerd.calls.swarm import Swarm
 
 MODEL, CLASS = ModelId(b"m" * 32), ComputeClass("none", "float32")
@@ -139,7 +140,7 @@ class NoStorage:
         """Nothing survives."""
 
 
-async def machine(stack: AsyncExitStack, network: Network, address: str) -> Host:
+async def machine(stack: AsyncExitStack, network: SmallNetwork, address: str) -> Host:
     now = asyncio.get_running_loop().time
     randomness = SimRandomness(address)
     ports = Ports(SimClock(now), SimWallClock(now), randomness, (network.transport(address),), NoStorage())
@@ -148,11 +149,11 @@ async def machine(stack: AsyncExitStack, network: Network, address: str) -> Host
     return host
 
 
-def freeze(network: Network, address: str) -> None:
+def freeze(network: SmallNetwork, address: str) -> None:
     """Nothing leaves the machine and nothing reaches it, without a word."""
     for other in (DRIVER, *SERVERS):
-        network.set_link(address, other, LinkOptions(is_black_hole=True))
-        network.set_link(other, address, LinkOptions(is_black_hole=True))
+        network.set_path(address, other, Path(is_black_hole=True))
+        network.set_path(other, address, Path(is_black_hole=True))
 
 
 class SwarmWithSpare(Swarm):
@@ -199,7 +200,7 @@ class Story:
     times: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
 
 
-Meddle = Callable[[Network, dict[str, ArithmeticDevice]], None]
+Meddle = Callable[[SmallNetwork, dict[str, ArithmeticDevice]], None]
 
 
 async def whole_batch(caller: BatchCaller, model: DriverModel, batch: Batch, grad: Part) -> tuple[Part, Gradients]:
@@ -223,8 +224,8 @@ async def micro_by_micro(caller: BatchCaller, model: DriverModel, batch: Batch, 
 
 async def step(meddle: Meddle, *, piecewise: bool = False) -> Story:
     """A forward with a tape and a backward, in micro-batches, and all that must hold whatever happens."""
-    trace = Trace()
-    network = Network(trace, LinkOptions(delay_s=0.01))
+    trace = Lines()
+    network = SmallNetwork(trace, Path(delay_s=0.01))
     async with asyncio.timeout(600), AsyncExitStack() as stack:
         swarm, devices, services = SwarmWithSpare(BLOCKS), dict[str, ArithmeticDevice](), list[CallService]()
         clock = SimClock(asyncio.get_running_loop().time)
@@ -268,7 +269,7 @@ def two_rows_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caller_module, "MICRO_BATCH_TOKENS", 2 * TOKENS)
 
 
-def undisturbed(network: Network, devices: dict[str, ArithmeticDevice]) -> None:
+def undisturbed(network: SmallNetwork, devices: dict[str, ArithmeticDevice]) -> None:
     """No fault."""
 
 
@@ -276,13 +277,13 @@ def undisturbed(network: Network, devices: dict[str, ArithmeticDevice]) -> None:
 def bytes_between(source: str, target: str) -> int:
     """What an undisturbed step sends that way."""
     lines = [line.split(" ") for line in run(step(undisturbed)).trace]
-    return sum(int(words[3]) for words in lines if words[1:3] == [source, target])
+    return sum(int(words[4]) for words in lines if words[1:4] == ["data", target, source])
 
 
-def at_job(address: str, number: int, act: Callable[[Network, str], None]) -> Meddle:
+def at_job(address: str, number: int, act: Callable[[SmallNetwork, str], None]) -> Meddle:
     """Do something to a server when it is handed its job ``number``."""
 
-    def meddle(network: Network, devices: dict[str, ArithmeticDevice]) -> None:
+    def meddle(network: SmallNetwork, devices: dict[str, ArithmeticDevice]) -> None:
         def on_job(device: ArithmeticDevice) -> None:
             if len(device.jobs) == number:
                 act(network, address)
@@ -300,11 +301,13 @@ def test_without_a_loss_every_call_is_asked_and_computed_once() -> None:
     assert (story.jobs[SPARE], story.asked, story.lost, story.blamed) == ([], 4 * micros, 0, [])
 
 
-@pytest.mark.parametrize("act", [Network.kill, freeze, lambda network, address: network.cut(DRIVER, address)],
+@pytest.mark.parametrize("act", [SmallNetwork.kill, freeze, lambda network, address: network.cut(DRIVER, address)],
                          ids=["killed", "frozen", "cut"])  # fmt: skip
 @pytest.mark.parametrize("address", [LEFT, RIGHT])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
-def test_a_server_lost_at_any_job_costs_no_bit(act: Callable[[Network, str], None], address: str, number: int) -> None:
+def test_a_server_lost_at_any_job_costs_no_bit(
+    act: Callable[[SmallNetwork, str], None], address: str, number: int
+) -> None:
     story = run(step(at_job(address, number, act)))
     assert story.lost >= 1
     assert len(story.blamed) >= 1
@@ -319,15 +322,15 @@ def test_a_link_that_breaks_at_any_byte_costs_no_bit(way: tuple[str, str]) -> No
     for position in range(POSITIONS_OF_A_CUT):
         byte = most * position // POSITIONS_OF_A_CUT + position % 7
 
-        def meddle(network: Network, devices: dict[str, ArithmeticDevice], byte: int = byte) -> None:
-            network.set_link(*way, LinkOptions(delay_s=0.01, cut_after_bytes=byte))
+        def meddle(network: SmallNetwork, devices: dict[str, ArithmeticDevice], byte: int = byte) -> None:
+            network.cut_after(*way, byte)
 
         lost += bool(run(step(meddle)).lost)
     assert lost > POSITIONS_OF_A_CUT * 3 // 4
 
 
 def test_the_same_losses_tell_the_same_story_twice() -> None:
-    one, other = (run(step(at_job(LEFT, 4, Network.kill))) for _ in range(2))
+    one, other = (run(step(at_job(LEFT, 4, SmallNetwork.kill))) for _ in range(2))
     assert one == other
 
 
@@ -349,5 +352,5 @@ def test_the_forward_of_one_micro_batch_overlaps_the_backward_of_another() -> No
 
 def test_a_server_lost_while_micro_batches_overlap_costs_no_bit() -> None:
     for number in range(1, ROWS + 1):
-        story = run(step(at_job(RIGHT, number, Network.kill), piecewise=True))
+        story = run(step(at_job(RIGHT, number, SmallNetwork.kill), piecewise=True))
         assert story.lost >= 1 and story.jobs[SPARE]
