@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -185,12 +186,18 @@ def _runner_of(settings: NodeSettings) -> JobRunner:
         return BlankRunner(settings.width)
     if settings.numbers != TORCH:
         raise ComputeFailed(f"numbers is {ARITHMETIC}, {BLANK} or {TORCH}, not {settings.numbers!r}")
-    import torch
-
+    use_no_threads()
     from blocks.engine.runner import Runner
 
-    torch.set_num_threads(1)
     return Runner()
+
+
+def use_no_threads() -> None:
+    """Have torch compute, and transformers read weights, in the thread that asks."""
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # noqa: TID251 - the one way to say it
+    from blocks.model.exact import use_one_thread
+
+    use_one_thread()
 
 
 def _config_of(host: SimHost, settings: NodeSettings) -> Config:

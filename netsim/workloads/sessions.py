@@ -1,21 +1,21 @@
 """Texts over whole daemons, while servers on their routes are struck: the text must always be the same.
 
 Owns who asks for what, which hop of a live route is struck at which token (`netsim.strikes`), and what is measured of it.
-What a text has to be is `netsim.arithmetic`'s, worked out in one place and without any of the machinery.
+What a text has to be is worked out in one place and without any of the machinery: by `netsim.arithmetic`, or by local `transformers`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random  # noqa: TID251 - the seeded generators that the world hands out
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from netsim.arithmetic import PRIME, Arithmetic
 from netsim.metrics import Metrics
 from netsim.mischief import Mischief
-from netsim.peers.node import Answer, NodePeer, NodeSettings
+from netsim.peers.node import TORCH, Answer, NodePeer, NodeSettings, use_no_threads
 from netsim.sim_host import Machine
 from netsim.strikes import STRIKES, Strike, Striker
 from netsim.world import HostDied, World
@@ -104,7 +104,7 @@ class Texts:
             metrics.expect(name)
         servers = world.group(settings.servers)
         told = cast(NodeSettings, servers[0].settings)
-        self.model = Arithmetic(told.blocks, told.width)
+        self._expected = _reference(told)
         self.striker = Striker(world, settings.servers, told.blocks)
         self._tokens_before = 0.0
         self._cells: dict[str, None] = {}
@@ -179,7 +179,7 @@ class Texts:
                 self.world.trace.note(machine.name, f"no text: {error.code}: {error}")
                 self.metrics.count("texts.failed", of=machine.name)
                 return
-            self._note(machine, answer, self.model.generate(prompt, count), is_struck=text.is_struck)
+            self._note(machine, answer, self._expected(prompt, count), is_struck=text.is_struck)
             return
 
     def _strike(self, draws: random.Random, count: int) -> Strike:
@@ -294,6 +294,16 @@ class _Text:
                 self._note_recovery()
                 self._pause_s = 0.0
                 self._struck = "driver" if strike.hits_driver else strike.kind
+
+
+def _reference(told: NodeSettings) -> Callable[[Sequence[int], int], list[int]]:
+    """The model's own text, in one place."""
+    if told.numbers != TORCH:
+        return Arithmetic(told.blocks, told.width).generate
+    use_no_threads()
+    from blocks.model.exact import Reference
+
+    return Reference.load(told.model).greedy
 
 
 def is_ready(machine: Machine) -> bool:
