@@ -41,6 +41,8 @@ class Outcome:
     peak_rss_mib: float
     series: Mapping[str, Series] = field(default_factory=dict, repr=False)
     observations: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    marks: tuple[tuple[float, str], ...] = field(default=(), repr=False)
+    """When what befell hosts, for the plots."""
 
     @property
     def passed(self) -> bool:

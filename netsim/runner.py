@@ -270,6 +270,7 @@ class _Run:
             peak_rss_mib(),
             self.metrics.series(),
             self.metrics.observations(),
+            tuple(self._world.marks) if self._world is not None else (),
         )
 
     def _failures(self, numbers: Mapping[str, float], real_s: float) -> list[str]:

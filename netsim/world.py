@@ -30,6 +30,7 @@ CLEAN_UP_S_MAX = 60.0
 EXECUTOR_DELAY_S = (0.0, 0.002)
 """What a job waits for its thread."""
 FAILURES_AT_MOST = 16
+MARKS_AT_MOST = 10_000
 Result = TypeVar("Result")
 ChoosePath = Callable[[str, str], Path]
 """The path from one host to another, as the scenario draws it."""
@@ -75,6 +76,8 @@ class World:
         self.trace = trace
         self.machines: dict[str, Machine] = {}
         self.failures: list[Failure] = []
+        self.marks: list[tuple[float, str]] = []
+        """When what befell whom: the first `MARKS_AT_MOST`."""
         self.failed = asyncio.Event()
         self._expected_errors = tuple(expected_errors)
         self._started_at = loop.time()
@@ -241,40 +244,40 @@ class World:
     def step_clock(self, machine: Machine, seconds: float) -> None:
         """Somebody sets its wall clock."""
         machine.wall_clock.skew_s += seconds
-        self.trace.add("fault", machine.name, f"clock-step {seconds!r}")
+        self._mark(machine.name, f"clock-step {seconds!r}")
 
     def slow(self, machine: Machine, factor: float) -> None:
         """Its device takes ``factor`` times as long from now on; 1 is as before."""
         machine.condition.slow_factor = factor
-        self.trace.add("fault", machine.name, f"slow {factor!r}")
+        self._mark(machine.name, f"slow {factor!r}")
 
     def fill_disk(self, machine: Machine, full: bool) -> None:
         machine.disk.is_full = full
-        self.trace.add("fault", machine.name, f"disk {'full' if full else 'free'}")
+        self._mark(machine.name, f"disk {'full' if full else 'free'}")
 
     def fill_memory(self, machine: Machine, full: bool) -> None:
         machine.condition.is_memory_full = full
-        self.trace.add("fault", machine.name, f"memory {'full' if full else 'free'}")
+        self._mark(machine.name, f"memory {'full' if full else 'free'}")
 
     def lie(self, machine: Machine, how: str) -> None:
         """From now on it lies, in one of its kind's ways; an empty ``how`` ends that."""
         machine.condition.lie = how
-        self.trace.add("fault", machine.name, f"lie {how or 'no more'}")
+        self._mark(machine.name, f"lie {how or 'no more'}")
 
     def partition(self, sources: Collection[str], targets: Collection[str], *, both_ways: bool = True) -> int:
         """Nothing passes between two sets of hosts; gives the number to heal it by."""
         number = self.fabric.partition(sources, targets, both_ways=both_ways)
         way = "both ways" if both_ways else "one way"
-        self.trace.add("fault", "", f"partition {number} {len(sources)} {len(targets)} {way}")
+        self._mark("", f"partition {number} {len(sources)} {len(targets)} {way}")
         return number
 
     def heal(self, number: int) -> None:
         self.fabric.heal(number)
-        self.trace.add("fault", "", f"heal {number}")
+        self._mark("", f"heal {number}")
 
     def reset(self, ones: Collection[str], others: Collection[str]) -> None:
         """Every connection between two sets of hosts is reset."""
-        self.trace.add("fault", "", f"reset {len(ones)} {len(others)}")
+        self._mark("", f"reset {len(ones)} {len(others)}")
         for one in ones:
             for other in others:
                 self.fabric.reset(one, other)
@@ -283,7 +286,7 @@ class World:
         self, sources: Collection[str], targets: Collection[str], factor: float, loss: float, *, both_ways: bool = True
     ) -> None:
         """Paths get so many times their delay, and lose at least ``loss``; factor 1 and loss 0 are as at first."""
-        self.trace.add("fault", "", f"degrade {len(sources)} {len(targets)} {factor!r} {loss!r} {both_ways}")
+        self._mark("", f"degrade {len(sources)} {len(targets)} {factor!r} {loss!r} {both_ways}")
         for source in sources:
             for target in targets:
                 for one, other in ((source, target), (target, source))[: 2 if both_ways else 1]:
@@ -356,7 +359,12 @@ class World:
 
     def _set_state(self, machine: Machine, state: State, why: str) -> None:
         machine.state = state
-        self.trace.add("fault", machine.name, why)
+        self._mark(machine.name, why)
+
+    def _mark(self, host: str, text: str) -> None:
+        self.trace.add("fault", host, text)
+        if len(self.marks) < MARKS_AT_MOST:
+            self.marks.append((self.now_s, text.partition(" ")[0]))
 
     # --- the end ---
 
