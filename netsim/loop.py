@@ -11,16 +11,17 @@ says so (`NothingWillHappen`) instead of hanging. docs/netsim.md, section 2.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context, ContextVar, copy_context
+from collections.abc import Callable, Coroutine
+from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any, Never, TypeVar
 from weakref import ref
+
+from netsim.ordered import OrderedFuture, OrderedTask, Ready, Timer, take_apart
 
 Result = TypeVar("Result")
 
@@ -45,9 +46,6 @@ FAILURES_MAX = 1_000
 PRUNE_TASKS_MIN = 64
 
 EXECUTOR_DELAY_S = 0.0005
-
-CLOSINGS_MAX = 1_000
-"""Awaits in the clean-up of a dead task that are passed by before it is left to the collector."""
 
 
 class NothingWillHappen(RuntimeError):
@@ -89,81 +87,6 @@ class _Life:
 
 
 _LIFE: ContextVar[_Life | None] = ContextVar("_LIFE", default=None)
-
-
-class OrderedTask(asyncio.Task[Result]):
-    """A task that hashes by its age."""
-
-    __slots__ = ("serial",)
-
-    def __init__(
-        self,
-        coro: Generator[Any, None, Result] | Coroutine[Any, Any, Result],
-        *,
-        loop: VirtualLoop,
-        name: str | None = None,
-        context: Context | None = None,
-    ) -> None:
-        self.serial = serial = loop.next_serial()
-        super().__init__(coro, loop=loop, name=name or f"task-{serial}", context=context)
-
-    def __hash__(self) -> int:
-        return self.serial
-
-
-class OrderedFuture(asyncio.Future[Result]):
-    """A future that hashes by its age."""
-
-    __slots__ = ("serial",)
-
-    def __init__(self, *, loop: VirtualLoop) -> None:
-        self.serial = loop.next_serial()
-        super().__init__(loop=loop)
-
-    def __hash__(self) -> int:
-        return self.serial
-
-
-class _Ready(asyncio.Handle):
-    """A callback that is due; made without asking for the debug mode, which takes half of the time."""
-
-    __slots__ = ()
-
-    def __init__(
-        self, callback: Callable[..., object], args: tuple[Any, ...], loop: VirtualLoop, context: Context | None
-    ) -> None:
-        _fill(self, callback, args, loop, context)
-
-
-class _Timer(asyncio.TimerHandle):
-    """A callback with a time."""
-
-    __slots__ = ()
-
-    def __init__(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        loop: VirtualLoop,
-        context: Context | None,
-    ) -> None:
-        _fill(self, callback, args, loop, context)
-        self._when = when
-        self._scheduled = True
-
-
-def _fill(
-    handle: Any, callback: Callable[..., object], args: tuple[Any, ...], loop: VirtualLoop, context: Context | None
-) -> None:
-    """What `asyncio.Handle.__init__` sets."""
-    handle._context = copy_context() if context is None else context
-    handle._loop = loop
-    handle._callback = callback
-    handle._args = args
-    handle._cancelled = False
-    handle._repr = None
-    handle._source_traceback = None
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -213,7 +136,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.Handle:
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
-        handle = _Ready(callback, args, self, context)
+        handle = Ready(callback, args, self, context)
         self._due.append(handle)
         return handle
 
@@ -228,7 +151,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
-        handle = _Timer(when, callback, args, self, context)
+        handle = Timer(when, callback, args, self, context)
         self._serial = serial = self._serial + 1
         heappush(self._timers, (when, serial, handle, None, None))
         return handle
@@ -370,7 +293,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if not self.is_running() and not self.is_closed():
             buried, self._buried = self._buried, []
             for task in buried:
-                _take_apart(task)
+                take_apart(task)
             self._due.clear()
         super().close()
 
@@ -487,37 +410,6 @@ def _is_live(task: OrderedTask[Any] | None) -> bool:
 
 def _usual_executor_delay_s(host: str) -> float:
     return EXECUTOR_DELAY_S
-
-
-def _take_apart(task: asyncio.Task[Any]) -> None:
-    """Close the coroutines of a dead task here, innermost first, rather than wherever the collector would.
-
-    A clean-up that awaits refuses to be closed, and is then asked again where it stands: from outside it would only be dropped.
-    """
-    outermost: Any = task.get_coro()
-    for _ in range(CLOSINGS_MAX):
-        if outermost.cr_frame is None:
-            return
-        innermost = outermost
-        while getattr(innermost.cr_await, "cr_frame", None) is not None:
-            innermost = innermost.cr_await
-        with contextlib.suppress(
-            BaseException
-        ):  # a clean-up that awaits, or fails without its loop: nobody hears of it
-            innermost.close()
-
-
-def _hash_of_gathering(gathering: Any) -> int:
-    """`asyncio.gather` makes its future itself; it gets its number when a set first asks."""
-    serial: int | None = gathering.__dict__.get("serial")
-    if serial is None:
-        loop = gathering.get_loop()
-        serial = loop.next_serial() if isinstance(loop, VirtualLoop) else object.__hash__(gathering)
-        gathering.serial = serial
-    return serial
-
-
-asyncio.tasks._GatheringFuture.__hash__ = _hash_of_gathering  # type: ignore[attr-defined]
 
 
 def run(main: Coroutine[Any, Any, Result], start_s: float = 1000.0) -> Result:
