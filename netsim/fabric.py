@@ -1,6 +1,6 @@
-"""The simulated internet: machines with addresses behind boxes, paths between them, dials, listeners, partitions, deaths.
+"""The simulated internet: machines with addresses behind boxes, paths between them, partitions, deaths.
 
-Owns who can reach whom and how a connection comes about; `netsim.wire` carries it from there. Implements `overlay.ports.Transport`
+Owns who can reach whom, and by what path; `netsim.handshake` makes the connections, `netsim.wire` carries them. Implements `overlay.ports.Transport`
 for each machine. Must not know peers, nor what they say. docs/netsim.md, section 3.
 """
 
@@ -10,26 +10,22 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Collection, Sequence
-from contextvars import Context
 from hashlib import blake2b
 from typing import Protocol, cast
 
 from netsim import nat
 from netsim.connection import Endpoint, FabricConnection
 from netsim.flow import Card, Path
+from netsim.handshake import Dial, FabricListener, Handshakes
 from netsim.loop import VirtualLoop
 from netsim.nat import NatBox
-from netsim.wire import Kernel, Line, Trace, Wire, uniform
+from netsim.wire import Kernel, Line, Trace, Wire
 from overlay.errors import DialError
 from overlay.multiaddr import Multiaddr, tcp_address
 from overlay.ports import ProtocolFactory
-from overlay.transport.tcp import BACKLOG, ListenError
+from overlay.transport.tcp import ListenError
 
 __all__ = ["Card", "Dial", "Fabric", "FabricListener", "FabricTransport", "Path"]
-
-SYN_RETRIES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Between one SYN and the next, as Linux does it; after the last one follows `SYN_LAST_WAIT_S`."""
-SYN_LAST_WAIT_S = 64.0
 
 EPHEMERAL_PORTS = (49152, 65535)
 LOOPBACK = Path(delay_s=0.00002)
@@ -39,59 +35,6 @@ class Random(Protocol):
     """What the fabric needs of a seeded generator: one key, once."""
 
     def getrandbits(self, k: int) -> int: ...
-
-
-class Dial:
-    """One attempt to connect: its SYNs, and the two ends once the other side answered."""
-
-    __slots__ = ("context", "factory", "future", "here", "is_answered", "kernel", "port", "target")
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        context: Context,
-        port: int,
-        target: Endpoint,
-        factory: ProtocolFactory,
-        future: asyncio.Future[asyncio.BufferedProtocol],
-    ) -> None:
-        self.kernel = kernel
-        self.context = context
-        self.port = port
-        self.target = target
-        self.factory = factory
-        self.future = future
-        self.here: FabricConnection | None = None
-        self.is_answered = False
-
-    @property
-    def key(self) -> tuple[int, Endpoint]:
-        return self.port, self.target
-
-    @property
-    def is_over(self) -> bool:
-        return self.is_answered or self.future.done() or self.kernel.dials.get(self.key) is not self
-
-
-class FabricListener:
-    """A place where connections arrive."""
-
-    def __init__(
-        self, kernel: Kernel, context: Context, address: Multiaddr, port: int, factory: ProtocolFactory
-    ) -> None:
-        self._kernel = kernel
-        self._incarnation = kernel.incarnation
-        self.context = context
-        self.addresses = (address,)
-        self.port = port
-        self.factory = factory
-        self.waiting = 0
-        """Connections made that its process hasn't accepted yet."""
-
-    def close(self) -> None:
-        """Nothing is accepted any more; what was accepted stays."""
-        if self._kernel.incarnation == self._incarnation and self._kernel.listeners.get(self.port) is self:
-            del self._kernel.listeners[self.port]
 
 
 class FabricTransport:
@@ -119,7 +62,7 @@ class FabricTransport:
         if self._is_dead:
             raise DialError("This process is dead.")
         try:
-            return await self._fabric.dial(self._kernel, (host, port), factory, local_port)
+            return await self._fabric.handshakes.dial(self._kernel, (host, port), factory, local_port)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise DialError(f"Can't reach {address} ({reason}); is the peer running?") from error
@@ -147,6 +90,7 @@ class Fabric:
         self.loop = cast(VirtualLoop, asyncio.get_running_loop())
         self.trace = trace
         self.wire = Wire(self.loop, trace)
+        self.handshakes = Handshakes(self)
         self._key = random.getrandbits(64).to_bytes(8, "big")
         usual = default or Path()
         self._choose: Callable[[str, str], Path] = lambda source, target: usual
@@ -230,7 +174,7 @@ class Fabric:
         self._paths[source, target] = path
         self._routers.pop((source, target), None)
         for end in self._ends_between(source, target):
-            self._lay(end)
+            self.lay(end)
 
     def set_default(self, choose: Callable[[str, str], Path]) -> None:
         """Paths as a pure function of (source, target); asked when a connection begins."""
@@ -274,17 +218,18 @@ class Fabric:
         for kernel in self._kernels.values():
             if kernel.name in sources or kernel.name in targets:
                 for end in kernel.ends.values():
-                    self._lay(end)
+                    self.lay(end)
 
-    def _lay(self, end: FabricConnection) -> None:
+    def lay(self, end: FabricConnection) -> None:
         """The path of one direction of a connection, as things are."""
         source, target = end.kernel.name, end.other.kernel.name
         end.path = path = self.path(source, target)
-        end.is_cut = end.is_forgotten or self._is_cut(source, target, path)
+        end.is_cut = end.is_forgotten or self.is_cut(source, target, path)
         end.cut_after = self._cuts.get((source, target))
         end.router = self._router(source, target, path)
 
     def path(self, source: str, target: str) -> Path:
+        """What was set for the two, else what the default says."""
         if source == target:
             return LOOPBACK
         return self._paths.get((source, target)) or self._choose(source, target)
@@ -297,7 +242,8 @@ class Fabric:
             found = self._routers[source, target] = Line(path.bytes_per_s, path.queue_bytes)
         return found
 
-    def _is_cut(self, source: str, target: str, path: Path) -> bool:
+    def is_cut(self, source: str, target: str, path: Path) -> bool:
+        """Whether a black hole or a partition swallows what goes this way."""
         if path.is_black_hole:
             return True
         for sources, targets, both_ways in self._partitions.values():
@@ -305,68 +251,12 @@ class Fabric:
                 return source != target
         return False
 
-    # --- dials ---
-
-    async def dial(
-        self, kernel: Kernel, target: Endpoint, factory: ProtocolFactory, local_port: int | None
-    ) -> asyncio.BufferedProtocol:
-        """For `FabricTransport`. Raises OSError."""
-        future: asyncio.Future[asyncio.BufferedProtocol] = self.loop.create_future()
-        port = local_port or self.free_port(kernel)
-        dial = Dial(kernel, self.loop.context_of(kernel.name), port, target, factory, future)
-        if dial.key in kernel.dials:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        kernel.dials[dial.key] = dial
-        kernel.opened += 1
-        try:
-            self._send_syn(dial, 0)
-            return await future
-        except asyncio.CancelledError:
-            if dial.here is not None and dial.is_answered:
-                dial.here.abort()
-            raise
-        finally:
-            if kernel.dials.get(dial.key) is dial:
-                del kernel.dials[dial.key]
-            if dial.here is not None and not dial.is_answered:
-                dial.here.detach()
-                self.wire.closed_by_application(dial.here, None)
-
-    def _send_syn(self, dial: Dial, attempt: int) -> None:
-        self.wire.events += 1
-        if dial.is_over:
-            return
-        kernel, now = dial.kernel, self.loop.time()
-        observed = nat.outbound(kernel.nat, (kernel.address, dial.port), dial.target, now)
-        found = self._candidates(kernel, dial.target)
-        if found and observed is not None:
-            source = (kernel.address, dial.port) if self._is_near(kernel, found[0]) else observed
-            delay = self._passes(kernel, found[0], attempt)
-            if delay is not None:
-                self.loop.post_at(now + delay, self._syn_lands, dial, found, source)
-        wait = SYN_RETRIES_S[attempt] if attempt < len(SYN_RETRIES_S) else SYN_LAST_WAIT_S
-        again = self._send_syn if attempt < len(SYN_RETRIES_S) else self._give_up
-        self.loop.post_at(now + wait, again, dial, attempt + 1)
-
-    def _give_up(self, dial: Dial, attempt: int) -> None:
-        if not dial.is_over:
-            dial.future.set_exception(TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-
-    def _passes(self, source: Kernel, target: Kernel, attempt: int) -> float | None:
-        """How long a segment of a handshake takes, or None: it's lost."""
-        path = self.path(source.name, target.name)
-        if self._is_cut(source.name, target.name, path) or not source.is_reachable:
-            return None
-        if not path.loss and not path.jitter_s:
-            return path.delay_s
-        key = self._key_of(source, target, f"handshake {attempt}")
-        return None if uniform(key, 1) < path.loss else path.delay_s + path.jitter_s * uniform(key, 2)
-
-    def _key_of(self, source: Kernel, target: Kernel, purpose: str) -> int:
+    def key_of(self, source: Kernel, target: Kernel, purpose: str) -> int:
+        """Whose draws of chance these are: of one direction of the source's latest connection."""
         text = f"{source.name} {source.opened} {target.name} {purpose}"
         return int.from_bytes(blake2b(text.encode(), digest_size=8, key=self._key).digest(), "big")
 
-    def _candidates(self, kernel: Kernel, target: Endpoint) -> list[Kernel]:
+    def candidates(self, kernel: Kernel, target: Endpoint) -> list[Kernel]:
         """Who an address may stand for, seen from a machine: itself, a neighbour behind the same box, or the internet's."""
         if target[0] in (kernel.address, "127.0.0.1"):
             return [kernel]
@@ -375,135 +265,6 @@ class Fabric:
             if near is not None:
                 return [near]
         return self._public.get(target[0], [])
-
-    @staticmethod
-    def _is_near(one: Kernel, other: Kernel) -> bool:
-        """Whether no box is between them."""
-        return one is other or (bool(one.nat) and bool(other.nat) and one.nat[0] is other.nat[0])
-
-    def _syn_lands(self, dial: Dial, candidates: Sequence[Kernel], source: Endpoint) -> None:
-        self.wire.events += 1
-        found = self._behind(dial, candidates, source)
-        if found is None or dial.is_over:
-            return
-        kernel, port = found
-        if not kernel.is_reachable:
-            return
-        back = self._passes(kernel, dial.kernel, -1)
-        if dial.here is None:
-            meeting = kernel.dials.get((port, source))
-            if meeting is not None and not meeting.is_over and meeting is not dial:
-                self._meet(dial, meeting, source)
-            else:
-                listener = kernel.listeners.get(port)
-                if listener is None:
-                    if back is not None:
-                        self.loop.post_at(self.loop.time() + back, self._refused, dial)
-                    return
-                if listener.waiting >= BACKLOG:
-                    return
-                there = self._make_ends(dial, kernel, listener.context, (kernel.address, port), source)
-                there.accept = lambda: self._accept(there, listener)
-                listener.waiting += 1
-        if back is not None:
-            self.loop.post_at(self.loop.time() + back, self._answer_lands, dial)
-
-    def _behind(self, dial: Dial, candidates: Sequence[Kernel], source: Endpoint) -> tuple[Kernel, int] | None:
-        """The machine and port that a SYN came to, past the boxes in front of it."""
-        now = self.loop.time()
-        for kernel in candidates:
-            if self._is_near(dial.kernel, kernel):
-                return kernel, dial.target[1]
-            inside = nat.inbound(kernel.nat, dial.target, source, now)
-            if inside is not None and inside[0] == kernel.address:
-                return kernel, inside[1]
-        return None
-
-    def _refused(self, dial: Dial) -> None:
-        if not dial.is_over:
-            dial.future.set_exception(ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)))
-
-    def _make_ends(
-        self, dial: Dial, kernel: Kernel, context: Context, local: Endpoint, source: Endpoint
-    ) -> FabricConnection:
-        """Both ends in their kernels; gives the far one, of which its application doesn't know yet."""
-        dialler = dial.kernel
-        here = FabricConnection(self.wire, dialler, (dialler.address, dial.port), dial.target, dial.context)
-        there = FabricConnection(self.wire, kernel, local, source, context)
-        here.other, there.other = there, here
-        for end, purpose in ((here, "there"), (there, "back")):
-            end.key = self._key_of(dialler, kernel, purpose)
-            end.kernel.opened += 1
-            end.serial = end.kernel.opened
-            end.kernel.ends[end.serial] = end
-            self._lay(end)
-        for end in (here, there):
-            end.flow.measured(here.path.delay_s + there.path.delay_s)
-        dial.here = here
-        return there
-
-    def _meet(self, dial: Dial, meeting: Dial, source: Endpoint) -> None:
-        """A SYN came to a port that is itself dialling its sender: simultaneous open, one connection for both."""
-        if meeting.here is not None:
-            dial.here = meeting.here.other
-            return
-        kernel = meeting.kernel
-        meeting.here = there = self._make_ends(dial, kernel, meeting.context, (kernel.address, meeting.port), source)
-        there.accept = lambda: self._met(meeting, there)
-
-    def _met(self, dial: Dial, end: FabricConnection) -> None:
-        end.accept = None
-        self._open(dial, end)
-
-    def _answer_lands(self, dial: Dial) -> None:
-        """SYN-ACK: connected here; the last segment of the handshake, or the first bytes, connect the other side."""
-        self.wire.events += 1
-        here = dial.here
-        if here is None or not dial.kernel.is_reachable:
-            return
-        if dial.is_over:
-            return
-        here.accept = None
-        self._open(dial, here)
-        if not here.is_cut:
-            here.flow.last_arrival = when = self.loop.time() + here.path.delay_s
-            self.loop.post_at(when, self._last_lands, here.other)
-
-    def _open(self, dial: Dial, end: FabricConnection) -> None:
-        if dial.is_over:
-            return
-        dial.is_answered = True
-        source, target = end.kernel.name, end.other.kernel.name
-        self.trace.add("open", source, f"{target} {end.local[1]} {end.remote[0]}:{end.remote[1]}")
-        self.wire.run_in(end, lambda: self._begin_dialled(dial, end))
-
-    @staticmethod
-    def _begin_dialled(dial: Dial, end: FabricConnection) -> None:
-        try:
-            protocol = dial.factory()
-        except Exception as error:  # noqa: BLE001 - supervision: goes to who dialled
-            end.abort()
-            if not dial.future.done():
-                dial.future.set_exception(error)
-            return
-        end.begin(protocol)
-        if not dial.future.done():
-            dial.future.set_result(protocol)
-
-    def _last_lands(self, end: FabricConnection) -> None:
-        self.wire.events += 1
-        if end.accept is not None and end.kernel.is_reachable:
-            end.accept()
-
-    def _accept(self, end: FabricConnection, listener: FabricListener) -> None:
-        end.accept = None
-        self.trace.add("accept", end.kernel.name, f"{end.other.kernel.name} {end.remote[0]}:{end.remote[1]}")
-
-        def begin() -> None:
-            listener.waiting -= 1
-            end.begin(listener.factory())
-
-        self.wire.run_in(end, begin)
 
 
 def _public_address(kernel: Kernel) -> str:

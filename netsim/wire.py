@@ -31,7 +31,7 @@ from netsim.flow import (
 )
 
 if TYPE_CHECKING:
-    from netsim.fabric import Dial, FabricListener
+    from netsim.handshake import Dial, FabricListener
     from netsim.loop import VirtualLoop
 
 CHUNK_S = 0.001

@@ -39,6 +39,10 @@ PURE = (
     "peerd/training/batches.py",
     "peerd/training/schedule.py",
     "peerd/training/gradients.py",
+    "netsim/flow.py",
+    "netsim/nat.py",
+    "netsim/schedule.py",
+    "netsim/metrics.py",
 )
 IMPURE_IMPORTS = {
     "asyncio",
