@@ -25,6 +25,8 @@ MARK_MIN_BYTES = 8 << 10
 MARK_AGAIN_S = 1.0
 """A peer may lose an echo among others; the next one confirms as much."""
 SHRINK_MAX = 0.5
+RATE_KEPT = 0.98
+"""Of the rate in a round that showed less: the writer may have had nothing to send."""
 ROUNDS_AT_LEAST = 3
 """At the smallest window for so many rounds, what still waits isn't ours: the path has become longer."""
 
@@ -142,7 +144,8 @@ class Pacer:
         if trip_s - base_s > TARGET_S / 2:
             self._is_doubling = False
             if self._was_limit and now > self._round_began_at:
-                self.rate = (self._confirmed - self._round_confirmed) / (now - self._round_began_at)
+                sample = (self._confirmed - self._round_confirmed) / (now - self._round_began_at)
+                self.rate = max(sample, RATE_KEPT * (self.rate or 0.0))
         factor = 1.0 if self._is_doubling else max(SHRINK_MAX, min(2.0, (base_s + TARGET_S) / trip_s))
         if factor < 1 or self._was_limit:
             self.window = int(min(WINDOW_MAX_BYTES, max(WINDOW_MIN_BYTES, self.window * factor)))

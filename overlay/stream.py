@@ -80,6 +80,11 @@ class Stream:
         return Priority.BULK if self._is_heavy and self.priority is Priority.DECODE else self.priority
 
     @property
+    def unread_bytes(self) -> int:
+        """What came and was not read yet."""
+        return self._received_bytes
+
+    @property
     def error(self) -> PeerdError | None:
         """Why the stream can't be used any more, or None."""
         return self._error

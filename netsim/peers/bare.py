@@ -1,8 +1,9 @@
 """An overlay host and nothing above it: for what streams do, and who can dial whom.
 
-Owns four small protocols. *Takers* swallow windows (length u32, moment of sending f64, bytes) as they come and say how long each was
+Owns five small protocols. *Takers* swallow windows (length u32, moment of sending f64, bytes) as they come and say how long each was
 under way; `DECODE` and `BULK` differ in priority alone. `DRIP` reads so many bytes a second and no more. `ECHO` gives back what it
-reads. `CALL` is a unary call. Virtual time is everybody's, so a window's trip is the difference of two readings of it.
+reads. `CROSS` writes before it reads, as the other side does. `CALL` is a unary call. Virtual time is everybody's, so a window's
+trip is the difference of two readings of it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from overlay.rpc.types import Message
 from overlay.rpc.unary import call, serve_unary
 from overlay.stream import Priority, Stream
 
-DECODE, BULK, DRIP, ECHO, CALL = (f"/netsim/{name}/1" for name in ("decode", "bulk", "drip", "echo", "call"))
-PRIORITIES = {DECODE: Priority.DECODE, BULK: Priority.BULK, DRIP: Priority.BULK, ECHO: Priority.CONTROL}
+DECODE, BULK, DRIP, ECHO, CROSS, CALL = (
+    f"/netsim/{name}/1" for name in ("decode", "bulk", "drip", "echo", "cross", "call")
+)
+PRIORITIES = {
+    DECODE: Priority.DECODE,
+    BULK: Priority.BULK,
+    DRIP: Priority.BULK,
+    ECHO: Priority.CONTROL,
+    CROSS: Priority.BULK,
+}
 WINDOW_HEADER = struct.Struct(">Id")
 WINDOW_BYTES_MAX = 64 << 20
 STREAMS_PER_PEER = 1024
@@ -41,10 +50,13 @@ class BareSettings:
 
     Attributes:
         drip_bytes_per_s: how fast `DRIP` reads.
+        cross_bytes: what `CROSS` writes before it reads as much, after waiting for ``cross_patience_s``.
         listens: whether anybody can dial it.
     """
 
     drip_bytes_per_s: float = 64 << 10
+    cross_bytes: int = 4 << 20
+    cross_patience_s: float = 0.0
     listens: bool = True
 
 
@@ -60,7 +72,7 @@ class BarePeer:
         self.is_ready = asyncio.Event()
         self.on_window: OnWindow = lambda protocol, length, seconds: None
         self.received_bytes = 0
-        """What `DRIP` has read so far, and `ECHO`."""
+        """What `DRIP` and `ECHO` have read so far."""
         identity = Identity.load_or_create(host.storage, host.ports.randomness)
         self.overlay = Host(identity, host.ports, secure=secure_with_noise if host.world.is_noise else null_channel)
 
@@ -79,6 +91,7 @@ class BarePeer:
                 self._serve(protocol, self._take)
             self._serve(DRIP, self._drip)
             self._serve(ECHO, self._echo)
+            self._serve(CROSS, self.cross)
             serve_unary(overlay, CALL, {"echo": _answer})
             if self._settings.listens:
                 await overlay.listen(self._host.listen_address)
@@ -88,10 +101,13 @@ class BarePeer:
     def request_stop(self) -> None:
         self._stopping.set()
 
-    def _serve(self, protocol: str, handler: Callable[[Stream], Awaitable[None]]) -> None:
+    def _serve(self, protocol: str, handler: Callable[[Stream], Awaitable[object]]) -> None:
+        async def handle(stream: Stream) -> None:
+            await handler(stream)
+
         self.overlay.serve(
             protocol,
-            handler,
+            handle,
             max_inbound_per_peer=STREAMS_PER_PEER,
             priority=PRIORITIES[protocol],
         )
@@ -116,6 +132,15 @@ class BarePeer:
             self.received_bytes += len(piece)
             await stream.write(piece)
 
+    async def cross(self, stream: Stream) -> int:
+        """Write everything, and only then read what the other side wrote before it read; the bytes that were as they should be."""
+        count = self._settings.cross_bytes
+        stream.write_nowait(_pattern(count))
+        await asyncio.sleep(self._settings.cross_patience_s)
+        data = await stream.read_exactly(count)
+        await stream.close_write()
+        return count if data == _pattern(count) else 0
+
     # --- what a workload may ask; run it in the host's context ---
 
     async def connect(self, other: BarePeer) -> None:
@@ -136,6 +161,10 @@ class BarePeer:
             timeout_s=timeout_s, addresses=other.addresses,
         )  # fmt: skip
         return answer.header.get("text") == text
+
+
+def _pattern(count: int) -> bytes:
+    return (bytes(range(251)) * (count // 251 + 1))[:count]
 
 
 def window(length: int, now: float) -> bytes:
