@@ -20,7 +20,7 @@ from netsim.metrics import Metrics
 from netsim.peers.node import NodePeer, NodeSettings
 from netsim.sim_host import Machine
 from netsim.strikes import STRIKES, Strike, Striker
-from netsim.workloads.sessions import ASK_AGAIN_S, ONLINE_LOOK_S, SAMPLE_S, is_ready
+from netsim.workloads.sessions import ASK_AGAIN_S, ONLINE_LOOK_S, SAMPLE_S, SEEN_S, is_ready
 from netsim.world import HostDied, World
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
@@ -118,6 +118,7 @@ class Batches:
                 return
             await asyncio.sleep(ONLINE_LOOK_S)
         self.metrics.put("online_s", self.world.now_s)
+        await asyncio.sleep(SEEN_S)
 
     async def _drive(self, machine: Machine) -> None:
         draws = self.world.random(f"batches of {machine.name}")

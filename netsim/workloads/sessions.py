@@ -23,9 +23,9 @@ from overlay.errors import PeerdError
 
 ONLINE_LOOK_S = 0.25
 SAMPLE_S = 1.0
-LEASES_END_S = 45.0
-"""After the last text: what a driver left behind is freed when its lease ends, 30 s after its last word."""
 ASK_AGAIN_S = 0.5
+SEEN_S = 4.0
+"""A daemon says that nobody serves some blocks on the word of a look that is up to 3 s old (`peerd.swarm.FRESH_S`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class SessionSettings:
             time before the first token.
         back_after_s: when what was struck is as before.
         strike_drivers: the share of the strikes that hit the driver itself.
+        leases_end_s: after the last text, until nothing may be left: what a driver left behind is freed when its lease ends, 30 s after its
+            last word.
         copies: the share of session messages that are followed by a copy of some cell (`netsim.mischief`).
         swaps: the share of windows that are sent after the next one.
     """
@@ -55,6 +57,7 @@ class SessionSettings:
     back_after_s: tuple[float, float] = (5.0, 30.0)
     strike_drivers: float = 0.0
     ready_s: float = 120.0
+    leases_end_s: float = 45.0
     copies: float = 0.0
     swaps: float = 0.0
 
@@ -129,14 +132,15 @@ class Texts:
         self.metrics.count(name)
 
     async def _run(self) -> None:
+        settings = self.settings
         async with asyncio.TaskGroup() as background:
             sampling = background.create_task(self._sample(), name="sampling")
             await self._wait_online()
             async with asyncio.TaskGroup() as asking:
-                for machine in self.world.group(self.settings.drivers):
+                for machine in self.world.group(settings.drivers):
                     asking.create_task(self._drive(machine), name=f"{machine.name} asks")
             await self.striker.wait_all_back()
-            await asyncio.sleep(LEASES_END_S)
+            await asyncio.sleep(settings.leases_end_s)
             self._count_left()
             sampling.cancel()
 
@@ -150,6 +154,7 @@ class Texts:
                 return
             await asyncio.sleep(ONLINE_LOOK_S)
         self.metrics.put("online_s", self.world.now_s)
+        await asyncio.sleep(SEEN_S)
 
     # --- one driver ---
 
