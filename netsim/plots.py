@@ -119,8 +119,8 @@ def _groups(observations: Mapping[str, Sequence[float]]) -> dict[str, dict[str, 
 
 
 def _meaning(name: str, meanings: Mapping[str, str]) -> str:
-    text = meanings.get(name) or name.removesuffix(".*").replace("_", " ")
-    return text[:1].upper() + text[1:]
+    plain, text = name.removesuffix(".*"), meanings.get(name, "")
+    return f"{plain}: {text}" if text else plain
 
 
 def _unit(name: str) -> str:
@@ -130,7 +130,7 @@ def _unit(name: str) -> str:
 
 def _canvas(outcome: Outcome, title: str) -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
-    axes.set_title(title, pad=10)
+    axes.set_title(title, pad=16)
     figure.text(0.995, 0.985, f"{outcome.scenario}, seed {outcome.seed}", ha="right", va="top", fontsize=8, color=GREY)
     return figure, axes
 
@@ -148,7 +148,7 @@ def _time_axis(axes: Any, outcome: Outcome) -> None:
             transform=axes.get_xaxis_transform(), alpha=0.8,
         )  # fmt: skip
     if kinds:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, title="befell a host", title_fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(kinds), fontsize=8, handletextpad=0.1)
 
 
 def _map(outcome: Outcome, name: str, family: Mapping[int, Series], title: str) -> Any:
@@ -171,7 +171,7 @@ def _map(outcome: Outcome, name: str, family: Mapping[int, Series], title: str) 
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set_ylabel("block" if name.startswith("coverage") else name)
-    bar = figure.colorbar(mesh, ax=axes, ticks=[0, 1, 2, 3, 4, 5], pad=0.12, shrink=0.8, aspect=14)
+    bar = figure.colorbar(mesh, ax=axes, ticks=[0, 1, 2, 3, 4, 5], pad=0.02, shrink=0.8, aspect=14)
     bar.ax.set_yticks([0, 1, 2, 3, 4, 5e8], ["none", "1", "2", "3", "4", "more"])
     _time_axis(axes, outcome)
     return figure
@@ -204,24 +204,46 @@ def _is_regular(times_s: Sequence[float]) -> bool:
 
 
 def _distribution(outcome: Outcome, name: str, groups: Mapping[str, Sequence[float]], title: str) -> Any:
-    """The share of values up to each value; percentiles marked and said."""
+    """How values are distributed: the share up to each value, or for a family a row of points for each member."""
     figure, axes = _canvas(outcome, title)
     told = dict(list(groups.items())[:LINES_AT_MOST])
-    for (label, values), colour in zip(told.items(), COLOURS, strict=False):
-        ordered = sorted(values)
-        shares = [(index + 1) / len(ordered) for index in range(len(ordered))]
-        middle, high = percentile(ordered, 0.5), percentile(ordered, 0.99)
-        said = f"{label} ({len(ordered):,}): p50 {middle:.3g}, p99 {high:.3g}"
-        axes.step([ordered[0], *ordered], [0.0, *shares], where="post", color=colour, linewidth=1.8, label=said)
-        axes.plot([middle, high], [0.5, 0.99], "o", color=colour, markersize=5)
+    if len(told) == 1:
+        _shares(axes, next(iter(told.values())))
+    else:
+        _strips(axes, told)
     every = [value for values in told.values() for value in values]
     if min(every) > 0 and max(every) / min(every) > LOG_FROM_RATIO:
         axes.set_xscale("log")
     elif min(every) >= 0:
         axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.02)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99], ["0", "25 %", "50 %", "75 %", "90 %", "99 %"])
-    axes.set_ylabel("share up to")
     axes.set_xlabel(_unit(name) or name)
-    axes.legend(loc="lower right", fontsize=9)
     return figure
+
+
+def _shares(axes: Any, values: Sequence[float]) -> None:
+    ordered = sorted(values)
+    shares = [(index + 1) / len(ordered) for index in range(len(ordered))]
+    axes.step([ordered[0], *ordered], [0.0, *shares], where="post", color=COLOURS[0], linewidth=1.8)
+    for share in (0.5, 0.9, 0.99):
+        value = percentile(ordered, share)
+        axes.plot(value, share, "o", color=COLOURS[1], markersize=5)
+        axes.annotate(
+            f"p{share * 100:.0f}  {value:.3g}", (value, share), xytext=(8, -4), textcoords="offset points",
+            va="top", fontsize=9, color=COLOURS[1],
+        )  # fmt: skip
+    axes.set_ylim(0, 1.04)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99], ["0", "25 %", "50 %", "75 %", "90 %", "99 %"])
+    axes.set_ylabel(f"share of {len(ordered):,}")
+
+
+def _strips(axes: Any, groups: Mapping[str, Sequence[float]]) -> None:
+    labels = []
+    for row, (label, values) in enumerate(groups.items()):
+        middle = percentile(sorted(values), 0.5)
+        spread = [row + 0.16 * ((index % 5) - 2) / 2 for index in range(len(values))]
+        axes.plot(values, spread, "o", color=COLOURS[row], markersize=5, alpha=0.65, markeredgewidth=0)
+        axes.plot([middle, middle], [row - 0.32, row + 0.32], color=COLOURS[row], linewidth=2.4)
+        labels.append(f"{label} ({len(values):,})\np50 {middle:.3g}, max {max(values):.3g}")
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")

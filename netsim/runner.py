@@ -199,6 +199,7 @@ class _Run:
             await _cancelled(*tasks, failed)
         gc.collect()  # exceptions that nobody took are noticed when their holders go
         self._hash, self._virtual_s, self._events = self.trace.hexdigest(), world.now_s, self.loop.events
+        self.trace.close()
         world.close()
 
     def _add_hosts(self, world: World) -> None:
@@ -270,7 +271,7 @@ class _Run:
             peak_rss_mib(),
             self.metrics.series(),
             self.metrics.observations(),
-            tuple(self._world.marks) if self._world is not None else (),
+            tuple(mark for mark in self._world.marks if mark[0] < self._virtual_s) if self._world is not None else (),
         )
 
     def _failures(self, numbers: Mapping[str, float], real_s: float) -> list[str]:

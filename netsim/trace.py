@@ -33,6 +33,7 @@ class Trace:
         self._hosts: dict[str, deque[str]] = {}
         self._sessions: OrderedDict[str, deque[str]] = OrderedDict()
         self._lines = 0
+        self._is_closed = False
         self.listener: Callable[[str], None] | None = None
         """Hears every line and note as it comes; for ``--verbose``."""
 
@@ -43,6 +44,8 @@ class Trace:
 
     def add(self, kind: str, host: str, text: str, session: str = "") -> None:
         """One event, hashed, and remembered for ``host`` and (where one is named) ``session``."""
+        if self._is_closed:
+            return
         line = f"{self._now()!r} {kind} {host} {text}"
         batch = self._batch
         batch.append(line)
@@ -79,6 +82,10 @@ class Trace:
         """Of every line so far; the trace may go on."""
         self._flush()
         return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """The run is over: what is still said while it is taken down isn't heard."""
+        self._is_closed = True
 
     def _remember_session(self, session: str, line: str) -> None:
         ring = self._sessions.get(session)

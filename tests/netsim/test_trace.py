@@ -87,3 +87,13 @@ def test_a_listener_hears_lines_and_notes() -> None:
     trace.add("a", "b", "c")
     trace.note("b", "d")
     assert heard == ["1000.0 a b c", "1000.0 note b d"]
+
+
+def test_after_the_run_nothing_is_heard() -> None:
+    trace = Trace(Hand().now)
+    trace.add("a", "b", "c")
+    before = trace.hexdigest()
+    trace.close()
+    trace.add("a", "b", "d")
+    assert trace.hexdigest() == before
+    assert len(trace.story("b")) == 1
