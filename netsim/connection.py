@@ -76,6 +76,7 @@ class FabricConnection(asyncio.Transport):
         "nat_at",
         "other",
         "path",
+        "probe_armed",
         "remote",
         "router",
         "rto_armed",
@@ -105,7 +106,7 @@ class FabricConnection(asyncio.Transport):
         self.nat_at = 0.0
         self.is_forgotten = False
         """Whether a box on the way no longer knows the connection."""
-        self.is_queued = self.is_waiting = self.ack_armed = self.rto_armed = False
+        self.is_queued = self.is_waiting = self.ack_armed = self.rto_armed = self.probe_armed = False
         self.accept: Callable[[], None] | None = None
         """What is still to be done before the application knows of this end."""
         self.inbox: list[Payload] = []

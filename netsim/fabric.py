@@ -1,7 +1,7 @@
 """The simulated internet: machines with addresses behind boxes, paths between them, partitions, deaths.
 
-Owns who can reach whom, and by what path; `netsim.handshake` makes the connections, `netsim.wire` carries them. Implements `overlay.ports.Transport`
-for each machine. Must not know peers, nor what they say. docs/netsim.md, section 3.
+Owns who can reach whom, and by what path; `netsim.handshake` makes the connections, `netsim.wire` carries them. Implements
+`overlay.ports.Transport` for each machine. Must not know peers, nor what they say. docs/netsim.md, section 3.
 """
 
 from __future__ import annotations
@@ -150,7 +150,12 @@ class Fabric:
         self._kernels[name].switch(is_asleep=True)
 
     def wake(self, name: str) -> None:
-        self._kernels[name].switch(is_asleep=False)
+        """Its kernel goes on with what it had."""
+        kernel = self._kernels[name]
+        kernel.switch(is_asleep=False)
+        for end in list(kernel.ends.values()):
+            if end.flow.has_more:
+                self.wire.send(end)
 
     def _forget_process(self, kernel: Kernel) -> None:
         kernel.incarnation += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 from collections.abc import Sequence
 from contextvars import Context
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 SYN_RETRIES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Between one SYN and the next, as Linux does it; after the last one follows `SYN_LAST_WAIT_S`."""
 SYN_LAST_WAIT_S = 64.0
+
+SYN_RECEIVED_S = 63.0
+"""How long the far side of a handshake waits for its third segment: Linux's tcp_synack_retries."""
 
 
 class Dial:
@@ -100,6 +104,7 @@ class Handshakes:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         kernel.dials[dial.key] = dial
         kernel.opened += 1
+        self._fabric.trace.add("dial", kernel.name, f"{target[0]}:{target[1]}")
         try:
             self._send_syn(dial, 0)
             return await future
@@ -118,11 +123,12 @@ class Handshakes:
         self._wire.events += 1
         if dial.is_over:
             return
-        kernel, now = dial.kernel, self._loop.time()
-        observed = nat.outbound(kernel.nat, (kernel.address, dial.port), dial.target, now)
+        kernel, now = dial.kernel, self._loop.now_s
         found = self._fabric.candidates(kernel, dial.target)
-        if found and observed is not None:
-            source = (kernel.address, dial.port) if self._is_near(kernel, found[0]) else observed
+        source: Endpoint | None = (kernel.address, dial.port)
+        if not found or not self._is_near(kernel, found[0]):
+            source = nat.outbound(kernel.nat, (kernel.address, dial.port), dial.target, now)
+        if found and source is not None:
             delay = self._passes(kernel, found[0], attempt)
             if delay is not None:
                 self._loop.post_at(now + delay, self._syn_lands, dial, found, source)
@@ -166,19 +172,28 @@ class Handshakes:
                 listener = kernel.listeners.get(port)
                 if listener is None:
                     if back is not None:
-                        self._loop.post_at(self._loop.time() + back, self._refused, dial)
+                        self._loop.post_at(self._loop.now_s + back, self._refused, dial)
                     return
                 if listener.waiting >= BACKLOG:
                     return
                 there = self._make_ends(dial, kernel, listener.context, (kernel.address, port), source)
                 there.accept = lambda: self._accept(there, listener)
                 listener.waiting += 1
+                self._loop.post_at(self._loop.now_s + SYN_RECEIVED_S, self._forget_embryo, there, listener)
         if back is not None:
-            self._loop.post_at(self._loop.time() + back, self._answer_lands, dial)
+            self._loop.post_at(self._loop.now_s + back, self._answer_lands, dial)
+
+    def _forget_embryo(self, end: FabricConnection, listener: FabricListener) -> None:
+        """The third segment never came."""
+        if end.accept is not None:
+            end.accept = None
+            listener.waiting -= 1
+            end.kernel.ends.pop(end.serial, None)
+            end.unplugged()
 
     def _behind(self, dial: Dial, candidates: Sequence[Kernel], source: Endpoint) -> tuple[Kernel, int] | None:
         """The machine and port that a SYN came to, past the boxes in front of it."""
-        now = self._loop.time()
+        now = self._loop.now_s
         for kernel in candidates:
             if self._is_near(dial.kernel, kernel):
                 return kernel, dial.target[1]
@@ -189,6 +204,7 @@ class Handshakes:
 
     def _refused(self, dial: Dial) -> None:
         if not dial.is_over:
+            self._fabric.trace.add("refused", dial.kernel.name, f"{dial.target[0]}:{dial.target[1]}")
             dial.future.set_exception(ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)))
 
     def _make_ends(
@@ -207,6 +223,8 @@ class Handshakes:
             self._fabric.lay(end)
         for end in (here, there):
             end.flow.measured(here.path.delay_s + there.path.delay_s)
+            if self._is_near(dialler, kernel):
+                end.nat_at = math.inf  # no box is between them
         dial.here = here
         return there
 
@@ -234,7 +252,7 @@ class Handshakes:
         here.accept = None
         self._open(dial, here)
         if not here.is_cut:
-            here.flow.last_arrival = when = self._loop.time() + here.path.delay_s
+            here.flow.last_arrival = when = self._loop.now_s + here.path.delay_s
             self._loop.post_at(when, self._last_lands, here.other)
 
     def _open(self, dial: Dial, end: FabricConnection) -> None:

@@ -19,6 +19,8 @@ from netsim.connection import DEAD, OPEN, ORPHANED, FabricConnection
 from netsim.flow import (
     CHUNK_BYTES_MAX,
     NONE,
+    RETRIES_MAX,
+    RTO_MAX_S,
     SEGMENT_BYTES,
     TIMED_OUT,
     Card,
@@ -39,9 +41,6 @@ CHUNK_S = 0.001
 
 BARE_SEGMENT_BYTES = 40
 """What an end of bytes takes of a card."""
-
-WINDOW_UPDATE_RETRY_S = 1.0
-"""A window update that was lost is made good by the sender's probe after so long."""
 
 NAT_REFRESH_S = 30.0
 """How often a live connection is looked up in the boxes it goes through."""
@@ -118,7 +117,7 @@ class Wire:
 
     def send(self, end: FabricConnection) -> None:
         """Something waits in the end's flow, or may leave now."""
-        if end.is_queued or end.socket is DEAD:
+        if end.is_queued or end.socket is DEAD or not end.kernel.is_reachable:
             return
         line = end.kernel.uplink
         if line is None or end.other.kernel is end.kernel:
@@ -147,7 +146,7 @@ class Wire:
         while ring:
             end = ring.popleft()
             end.is_queued = False
-            if end.socket is DEAD or not self._pull(end, line.chunk_bytes, now, line):
+            if end.socket is DEAD or not end.kernel.is_reachable or not self._pull(end, line.chunk_bytes, now, line):
                 continue
             if end.flow.has_more:
                 end.is_queued = True
@@ -181,6 +180,33 @@ class Wire:
         if end.flow.acks and not end.ack_armed:
             end.ack_armed = True
             self.loop.post_at(end.flow.acks[0][0], self._ack_due, end)
+        elif not end.flow.in_flight and not end.probe_armed:
+            end.probe_armed = True
+            self.loop.post_at(self.loop.now_s + end.flow.rto_s, self._probe_window, end, 0, 1)
+
+    def _probe_window(self, end: FabricConnection, silent: int, number: int) -> None:
+        """The receiver's window is shut: ask whether it still is, less and less often; ``silent`` probes went unanswered."""
+        self.events += 1
+        other, flow = end.other, end.flow
+        end.probe_armed = False
+        if end.socket is DEAD or not end.is_waiting or flow.in_flight:
+            return
+        if end.is_cut or other.is_cut or not other.kernel.is_reachable:
+            silent += 1
+            if silent > RETRIES_MAX:
+                self.broken(end, TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+                return
+        elif other.socket is DEAD:
+            self.send_reset(other)
+            return
+        elif other.inbox_bytes < other.window_bytes:
+            self.send(end)
+            return
+        else:
+            silent = 0
+        end.probe_armed = True
+        wait = min(RTO_MAX_S, flow.rto_s * 2.0**number)
+        self.loop.post_at(self.loop.now_s + wait, self._probe_window, end, silent, number + 1)
 
     def _ack_due(self, end: FabricConnection) -> None:
         self.events += 1
@@ -363,14 +389,10 @@ class Wire:
         sender = end.other
         if not sender.is_waiting or sender.socket is DEAD:
             return
-        delay = end.path.delay_s
-        if end.is_cut or not sender.kernel.is_reachable:
-            delay += WINDOW_UPDATE_RETRY_S
-            self.loop.post_at(self.loop.now_s + delay, self.window_opened, end)
-        else:
-            self.loop.post_at(self.loop.now_s + delay, self._ack_due_window, sender)
+        if not end.is_cut and sender.kernel.is_reachable:  # otherwise its next probe finds out
+            self.loop.post_at(self.loop.now_s + end.path.delay_s, self._window_seen, sender)
 
-    def _ack_due_window(self, end: FabricConnection) -> None:
+    def _window_seen(self, end: FabricConnection) -> None:
         self.events += 1
         if end.is_waiting:
             self.send(end)

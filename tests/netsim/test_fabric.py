@@ -11,10 +11,11 @@ import pytest
 from netsim.connection import FabricConnection
 from netsim.fabric import Card, Fabric, Path
 from netsim.loop import UntakenError, run
-from netsim.nat import site
+from netsim.nat import NatBox, NatKind, site
 from netsim.trace import Trace
 from overlay.errors import DialError
 from overlay.multiaddr import tcp_address
+from overlay.transport.tcp import BACKLOG
 
 ADDRESSES = {"a": "20.0.0.1", "b": "20.1.0.1", "c": "20.2.0.1"}
 
@@ -697,5 +698,71 @@ def test_a_box_forgets_a_connection_that_was_silent_for_two_hours() -> None:
         assert (bytes(accepted.heard), bytes(one.heard)) == (b"xxx", b"")
         await asyncio.sleep(1000)
         assert isinstance(accepted.ended[0], TimeoutError)
+
+    simulate(main)
+
+
+def test_hosts_behind_one_box_meet_by_their_own_addresses() -> None:
+    async def main() -> None:
+        world = World()
+        box = NatBox(NatKind.SYMMETRIC, "30.0.0.9")
+        for number, name in enumerate(("x", "y"), 1):
+            world.fabric.add_host(name, f"10.0.0.{number}", nat=(box,))
+        accepted = Ear()
+        await world.fabric.transport("y").listen(tcp_address("0.0.0.0", 4001), lambda: accepted)
+        one = await world.fabric.transport("x").dial(tcp_address("10.0.0.2", 4001), Ear)
+        assert isinstance(one, Ear)
+        one.pipe.write(b"neighbour")
+        await asyncio.sleep(9000)
+        accepted.pipe.write(b"hello")
+        await asyncio.sleep(1)
+        assert (bytes(accepted.heard), bytes(one.heard)) == (b"neighbour", b"hello")
+        assert box.mapping_count == 0
+
+    simulate(main)
+
+
+def test_a_sender_before_a_shut_window_asks_and_gives_up_on_a_host_without_power() -> None:
+    async def main() -> None:
+        world = World(card=Card(receive_window_bytes=10_000))
+        one, other = await world.pair()
+        other.pipe.pause_reading()
+        one.pipe.write(bytes(500_000))
+        await asyncio.sleep(5000)
+        assert one.ended == []
+        number = world.fabric.partition(["a"], ["b"])
+        other.pipe.resume_reading()  # the news of it is lost
+        await asyncio.sleep(60)
+        world.fabric.heal(number)
+        await asyncio.sleep(300)
+        assert len(other.heard) == 500_000
+        other.pipe.pause_reading()
+        one.pipe.write(bytes(500_000))
+        await asyncio.sleep(100)
+        world.fabric.power_off("b")
+        await asyncio.sleep(4000)
+        assert isinstance(one.ended[0], TimeoutError)
+
+    simulate(main)
+
+
+def test_a_listeners_backlog_is_bounded_and_half_made_connections_are_forgotten() -> None:
+    async def main() -> None:
+        world = World()
+        await world.fabric.transport("b").listen(tcp_address(ADDRESSES["b"], 4001), Ear)
+        loop = asyncio.get_running_loop()
+        transport = world.fabric.transport("a")
+        dials = [loop.create_task(transport.dial(tcp_address(ADDRESSES["b"], 4001), Ear)) for _ in range(300)]
+        await asyncio.sleep(0.06)  # the SYNs have landed
+        assert world.fabric.connection_count("b") == BACKLOG
+        world.fabric.power_off("a")
+        for dial in dials:
+            dial.cancel()
+        await asyncio.wait(dials)
+        await asyncio.sleep(70)
+        assert world.fabric.connection_count("b") == 0
+        ear = await world.fabric.transport("c").dial(tcp_address(ADDRESSES["b"], 4001), Ear)
+        assert isinstance(ear, Ear)
+        assert ear.made == 1
 
     simulate(main)
