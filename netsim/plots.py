@@ -131,7 +131,9 @@ def _unit(name: str) -> str:
 def _canvas(outcome: Outcome, title: str) -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
     axes.set_title(title, pad=16)
-    figure.text(0.995, 0.985, f"{outcome.scenario}, seed {outcome.seed}", ha="right", va="top", fontsize=8, color=GREY)
+    figure.text(
+        0.995, 0.01, f"{outcome.scenario}, seed {outcome.seed}", ha="right", va="bottom", fontsize=8, color=GREY
+    )
     return figure, axes
 
 

@@ -15,6 +15,9 @@ DIGEST_BYTES = 16
 BATCH_LINES = 512
 """Lines that are joined before they are hashed: one call instead of many."""
 LINES_PER_STORY = 40
+TALK = ("data", "fin", "connect", "end")
+"""What every host does all the time: of these a story has fewer lines, so that they don't drown the others."""
+TALK_PER_STORY = 12
 SESSIONS_AT_MOST = 4096
 """Sessions whose stories are kept; the one that was silent for longest is forgotten first."""
 NOTE_CHARACTERS = 400
@@ -31,6 +34,7 @@ class Trace:
         self._hash = blake2b(digest_size=DIGEST_BYTES)
         self._batch: list[str] = []
         self._hosts: dict[str, deque[str]] = {}
+        self._talk: dict[str, deque[str]] = {}
         self._sessions: OrderedDict[str, deque[str]] = OrderedDict()
         self._lines = 0
         self._is_closed = False
@@ -51,9 +55,10 @@ class Trace:
         batch.append(line)
         if len(batch) >= BATCH_LINES:
             self._flush()
-        ring = self._hosts.get(host)
+        rings, length = (self._talk, TALK_PER_STORY) if kind in TALK else (self._hosts, LINES_PER_STORY)
+        ring = rings.get(host)
         if ring is None:
-            ring = self._hosts[host] = deque(maxlen=LINES_PER_STORY)
+            ring = rings[host] = deque(maxlen=length)
         ring.append(line)
         if session:
             self._remember_session(session, line)
@@ -62,6 +67,8 @@ class Trace:
 
     def note(self, host: str, text: str, session: str = "") -> None:
         """Remembered for the story, never hashed: what a log line or an exception says."""
+        if self._is_closed:
+            return
         flat = _OBJECT_ADDRESS.sub("0x...", " | ".join(text.splitlines()))[:NOTE_CHARACTERS]
         line = f"{self._now()!r} note {host} {flat}"
         self._hosts.setdefault(host, deque(maxlen=LINES_PER_STORY)).append(line)
@@ -72,8 +79,12 @@ class Trace:
 
     def story(self, name: str) -> tuple[str, ...]:
         """The last lines of a session or a host, oldest first, with the seconds since the start; empty when nothing is known of it."""
+        lines = list(self._sessions.get(name, ()))
+        if not lines:
+            lines = [*self._hosts.get(name, ()), *self._talk.get(name, ())]
+            lines.sort(key=lambda line: float(line.partition(" ")[0]))
         told = []
-        for line in self._sessions.get(name) or self._hosts.get(name) or ():
+        for line in lines:
             at_s, _, rest = line.partition(" ")
             told.append(f"{float(at_s) - self._start_s:12.6f}  {rest}")
         return tuple(told)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from netsim.trace import BATCH_LINES, LINES_PER_STORY, SESSIONS_AT_MOST, Trace
+from netsim.trace import BATCH_LINES, LINES_PER_STORY, SESSIONS_AT_MOST, TALK_PER_STORY, Trace
 
 
 class Hand:
@@ -97,3 +97,16 @@ def test_after_the_run_nothing_is_heard() -> None:
     trace.add("a", "b", "d")
     assert trace.hexdigest() == before
     assert len(trace.story("b")) == 1
+
+
+def test_bytes_on_the_wire_do_not_drown_what_else_happened_to_a_host() -> None:
+    hand = Hand()
+    trace = Trace(hand.now)
+    trace.add("fault", "a", "kill")
+    for _ in range(10 * LINES_PER_STORY):
+        hand.at_s += 1
+        trace.add("data", "a", "b 5 00000000")
+    trace.add("fault", "a", "start 2")
+    story = trace.story("a")
+    assert len(story) == TALK_PER_STORY + 2
+    assert (story[0].split()[1:], story[-1].split()[1:]) == (["fault", "a", "kill"], ["fault", "a", "start", "2"])
