@@ -369,13 +369,17 @@ class Dht:
         now = self._now()
         known = self._table.get(Contact(peer).id)
         if known is not None:
-            known.seen = now
-            self._table.renew(known)
+            self._renew(known, now)
             return
         book = self._host.address_book
         serves = DHT in book.protocols(peer) and self._refused.get(peer, 0.0) <= now
         if serves and any(book.may_dial(address, now) for address in book.addresses(peer, now)):
             self._admit(Contact(peer))
+
+    def _renew(self, known: Contact, now: float) -> None:
+        known.seen = now
+        known.addresses = self._addresses(known)[: limits.ADDRESSES_PER_CONTACT]
+        self._table.renew(known)
 
     def _consider(self, peer: PeerId) -> None:
         self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
@@ -412,8 +416,7 @@ class Dht:
         now = self._now()
         known = self._table.get(contact.id)
         if known is not None and known.addresses:
-            known.seen = now
-            self._table.renew(known)
+            self._renew(known, now)
             return
         fresh = self._contact_of(contact.peer, contact.addresses)
         fresh.seen = now

@@ -97,15 +97,10 @@ class DhtProtocol:
         outcomes = [self._peer.offer(record, peer) for record in records]
         return Message("stored", {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]})
 
-    def _describe(self, target: bytes, asker: PeerId) -> list[list[Any]]:
+    def _describe(self, target: bytes, asker: PeerId) -> list[tuple[bytes, tuple[bytes, ...]]]:
         return [
-            [contact.peer.multihash, _encode_addresses(self._addresses(contact))]
-            for contact in self._peer.closest(Node(target), asker)
+            (contact.peer.multihash, _encoded(contact.addresses)) for contact in self._peer.closest(Node(target), asker)
         ]
-
-    def _addresses(self, contact: Contact) -> tuple[Multiaddr, ...]:
-        known = self._host.address_book.addresses(contact.peer, self._host.ports.clock.now())
-        return known or contact.addresses
 
     # --- calls ---
 
@@ -190,15 +185,22 @@ class DhtProtocol:
         raw_peer, raw_addresses = entry
         if not isinstance(raw_peer, bytes) or not isinstance(raw_addresses, list):
             return None
-        try:
-            peer = PeerId.from_bytes(raw_peer)
-        except InvalidAddress:
-            return None
-        decoded = [_usable(raw) for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if isinstance(raw, bytes)]
-        addresses = [found[0] for found in decoded if found is not None and (trusts_private or not found[1])]
-        if not addresses:
-            return None
-        return Contact(peer, addresses, group_of(addresses[0], exempt_private=self._exempt_private))
+        raws = tuple(raw for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if isinstance(raw, bytes))
+        return _contact(raw_peer, raws, trusts_private, self._exempt_private)
+
+
+@lru_cache(maxsize=limits.CONTACTS_CACHED)
+def _contact(raw_peer: bytes, raws: tuple[bytes, ...], trusts_private: bool, exempt_private: bool) -> Contact | None:
+    """What an entry says; the same ones come again and again. Never changed: what enters a table is made anew."""
+    try:
+        peer = PeerId.from_bytes(raw_peer)
+    except InvalidAddress:
+        return None
+    decoded = [_usable(raw) for raw in raws if len(raw) <= limits.ADDRESS_BYTES_MAX]
+    addresses = [found[0] for found in decoded if found is not None and (trusts_private or not found[1])]
+    if not addresses:
+        return None
+    return Contact(peer, addresses, group_of(addresses[0], exempt_private=exempt_private))
 
 
 @lru_cache(maxsize=ADDRESSES_CACHED)
@@ -208,10 +210,11 @@ def _usable(raw: bytes) -> tuple[Multiaddr, bool] | None:
     return None if address is None or not address.is_tcp else (address, address.is_loopback_or_private)
 
 
-def _encode_addresses(addresses: Sequence[Multiaddr]) -> list[bytes]:
+@lru_cache(maxsize=limits.CONTACTS_CACHED)
+def _encoded(addresses: tuple[Multiaddr, ...]) -> tuple[bytes, ...]:
     """A peer chooses its own addresses: oversized ones must not make our answers fail."""
     encoded = [address.encode() for address in addresses]
-    return [raw for raw in encoded if len(raw) <= limits.ADDRESS_BYTES_MAX][: limits.ADDRESSES_PER_CONTACT]
+    return tuple(raw for raw in encoded if len(raw) <= limits.ADDRESS_BYTES_MAX)[: limits.ADDRESSES_PER_CONTACT]
 
 
 def is_gone(error: PeerdError) -> bool:
