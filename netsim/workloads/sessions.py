@@ -169,11 +169,12 @@ class Texts:
 
     async def _until_done(self, machine: Machine, prompt: tuple[int, ...], count: int, draws: random.Random) -> None:
         """Ask; again when the driver died meanwhile."""
+        plan = [self._strike(draws, count) for _ in range(self.settings.strikes_per_text)]
         while True:
             while not is_ready(machine):  # noqa: ASYNC110 - virtual time is cheap, and no daemon tells of its death
                 await asyncio.sleep(ASK_AGAIN_S)
-            plan = [self._strike(draws, count) for _ in range(self.settings.strikes_per_text)]
             text = _Text(self, machine, sorted(plan, key=lambda strike: strike.at_token))
+            plan = []  # a text that was taken along is let through the next time
             try:
                 answer = await text.ask(prompt, count)
             except HostDied:
