@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-train test lint types unit bench clean
+.PHONY: help install demo demo-train test lint types unit bench sim clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ test: lint types unit ## Lint, strict types and tests
 
 bench: $(STAMP) ## Ratios to a local loop and milliseconds per hop, from one run
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+sim: $(STAMP) ## Every scenario in virtual time, 20 seeds of one of them twice, and the simulator's own speed (up to an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m netsim bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m netsim all --jobs 2 --repeat dht-100 --table build/sim-table.md
 
 clean: ## Remove the environment and build output
 	rm -rf $(VENV) build dist *.egg-info

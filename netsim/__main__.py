@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from netsim.campaign import Part, campaign_lines, run_parts, twice_lines
 from netsim.outcome import Outcome
-from netsim.processes import HASH_SEEDS, Task, run_all
-from netsim.report import Progress, duration_said, markdown_table, run_lines, seeds_lines, table
+from netsim.report import Progress, duration_said, failure_lines, markdown_table, run_lines, seeds_lines, table
 from netsim.runner import Prepared, prepare, run_seed
 from netsim.scenario import ScenarioError, load_scenario
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from netsim.bench import main as bench
 
             return bench()
-        return _run(given)
+        return _all(given) if given.command == "all" else _run(given)
     except ScenarioError as error:
         print(f"netsim: {error}", file=sys.stderr)
         return 2
@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="what scenarios there are")
     listing.add_argument("directory", nargs="?", default=str(SCENARIOS))
     commands.add_parser("bench", help="how fast the simulator is: fabric events and RPCs per second")
+    every = commands.add_parser("all", help="run every scenario once, and some seeds of one twice to compare")
+    every.add_argument("directory", nargs="?", default=str(SCENARIOS))
+    every.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
+    every.add_argument("--repeat", default="", metavar="NAME", help="the scenario whose seeds are run twice each")
+    every.add_argument("--seeds", type=_seeds, default=range(1, 21), metavar="A:B", help="its seeds (default 1:20)")
+    every.add_argument("--table", default="", metavar="FILE", help="write a Markdown table of the results")
     run = commands.add_parser("run", help="run scenarios")
     run.add_argument("files", nargs="+", metavar="FILE", help="a scenario's file, or its name in scenarios/")
     run.add_argument("--seed", type=int, default=None, metavar="N", help="one seed (default 1)")
@@ -80,7 +86,7 @@ def _file(named: str) -> Path:
 
 
 def _list(directory: Path) -> int:
-    files = sorted(directory.glob("*.toml"))
+    files = sorted(file for file in directory.glob("*") if file.suffix in (".toml", ".py"))
     if not files:
         print(f"netsim: there are no scenarios in {directory}", file=sys.stderr)
         return 2
@@ -127,41 +133,42 @@ def _run_here(prepared: Prepared, seed: int, given: argparse.Namespace) -> int:
 
 def _run_many(prepared: Sequence[Prepared], seeds: Sequence[int], given: argparse.Namespace) -> int:
     """Every seed of every scenario in processes of their own, then one table for each scenario."""
-    hash_seeds = HASH_SEEDS if given.twice else ("",)
-    tasks = [
-        Task(one.file, seed, one.scenario.real_s_max, hash_seed, given.plots, not given.any_speed)
-        for one in prepared
-        for seed in seeds
-        for hash_seed in hash_seeds
-    ]
-    progress = Progress(sys.stderr, f"{len(tasks)} runs")
+    parts = [Part(one, tuple(seeds), given.twice) for one in prepared]
+    results = run_parts(parts, given.jobs, given.plots, is_timed=not given.any_speed)
+    for result in results:
+        print("\n".join(seeds_lines(result.outcomes, result.part.prepared.scenario.about)), end="\n\n")
+    print("\n".join(twice_lines(results)))
+    _write_table([result.outcomes for result in results], given.table)
+    if len(results) == len(seeds) == 1:
+        print(f"trace hash: {results[0].outcomes[0].trace_hash}")
+    return 0 if all(result.passed for result in results) else 1
 
-    def on_change(done: int, running: Sequence[Task]) -> None:
-        names = ", ".join(f"{Path(task.file).stem} seed {task.seed}" for task in running[:3])
-        progress.show(done / len(tasks), f"{done} done; {names}")
 
-    outcomes = run_all(tasks, given.jobs, on_change)
-    progress.clear()
-    groups: list[list[Outcome]] = []
-    differ = []
-    each = len(hash_seeds)
-    for index, one in enumerate(prepared):
-        mine = outcomes[index * len(seeds) * each : (index + 1) * len(seeds) * each]
-        pairs = [mine[at : at + each] for at in range(0, len(mine), each)]
-        groups.append([pair[0] for pair in pairs])
-        differ += [pair for pair in pairs if len({(run.trace_hash, run.passed) for run in pair}) > 1]
-        print("\n".join(seeds_lines(groups[-1], one.scenario.about)), end="\n\n")
-    for pair in differ:
-        hashes = " and ".join(run.trace_hash or "none" for run in pair)
-        print(
-            f"NOT THE SAME TWICE: {pair[0].scenario}, seed {pair[0].seed}: {hashes}\n  again: {pair[0].replay} --twice"
-        )
-    if given.twice and not differ:
-        print(f"each of {len(tasks) // each} runs was the same in two processes with two PYTHONHASHSEEDs")
-    _write_table(groups, given.table)
-    if len(outcomes) == each:
-        print(f"trace hash: {outcomes[0].trace_hash}")
-    return 0 if not differ and all(run.passed for run in outcomes) else 1
+def _all(given: argparse.Namespace) -> int:
+    """Every scenario of a directory with one seed, and some seeds of one scenario twice each; one table for all."""
+    directory = Path(given.directory)
+    files = sorted(file for file in directory.iterdir() if file.suffix in (".toml", ".py"))
+    prepared = [prepare(file) for file in files]
+    parts = [Part(one, (1,), False) for one in prepared]
+    if given.repeat:
+        again = next((one for one in prepared if one.scenario.name == given.repeat), None)
+        if again is None:
+            raise ScenarioError(f"--repeat: there is no {given.repeat} in {directory}")
+        parts.append(Part(again, tuple(given.seeds), True))
+    began = time.perf_counter()
+    results = run_parts(parts, given.jobs)
+    for result in results:
+        for outcome in result.outcomes:
+            if not outcome.passed:
+                print("\n".join(failure_lines(outcome)), end="\n\n")
+    print("\n".join(campaign_lines(results)))
+    print("\n".join(["", *twice_lines(results)]))
+    _write_table([result.outcomes for result in results], given.table)
+    failed = sum(not outcome.passed for result in results for outcome in result.outcomes)
+    print(
+        f"{sum(len(result.outcomes) for result in results)} runs, {failed} failed, in {duration_said(time.perf_counter() - began)}"
+    )
+    return 0 if all(result.passed for result in results) else 1
 
 
 def _draw(prepared: Prepared, outcome: Outcome, directory: str) -> None:

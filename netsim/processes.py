@@ -34,6 +34,9 @@ class Task:
     is_timed: bool = True
 
 
+OnChange = Callable[[Sequence[Task], Sequence[Task]], None]
+
+
 def run_process(task: Task) -> Outcome:
     """Run a seed in a process of its own and wait for it."""
     command = [sys.executable, "-m", "netsim", "run", task.file, "--seed", str(task.seed), "--json"]
@@ -57,8 +60,8 @@ def run_process(task: Task) -> Outcome:
         return Outcome.of_dead_process(name, task.file, task.seed, f"the process ended with {done.returncode}:\n{said}")
 
 
-def run_all(tasks: Sequence[Task], jobs: int, on_change: Callable[[int, Sequence[Task]], None]) -> list[Outcome]:
-    """Every task, ``jobs`` at a time; outcomes in the order of the tasks. ``on_change`` hears how many are done and what runs."""
+def run_all(tasks: Sequence[Task], jobs: int, on_change: OnChange) -> list[Outcome]:
+    """Every task, ``jobs`` at a time; outcomes in the order of the tasks. ``on_change`` hears what is done and what runs."""
     outcomes: dict[int, Outcome] = {}
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         futures: dict[Future[Outcome], int] = {}
@@ -68,7 +71,8 @@ def run_all(tasks: Sequence[Task], jobs: int, on_change: Callable[[int, Sequence
             while left:
                 done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
                 outcomes |= {futures[future]: future.result() for future in done}
-                on_change(len(outcomes), [tasks[futures[one]] for one in futures if one in left and one.running()])
+                running = [tasks[futures[one]] for one in futures if one in left and one.running()]
+                on_change([tasks[index] for index in outcomes], running)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -106,6 +106,7 @@ def test_bytes_on_the_wire_do_not_drown_what_else_happened_to_a_host() -> None:
     for _ in range(10 * LINES_PER_STORY):
         hand.at_s += 1
         trace.add("data", "a", "b 5 00000000")
+    hand.at_s += 1
     trace.add("fault", "a", "start 2")
     story = trace.story("a")
     assert len(story) == TALK_PER_STORY + 2

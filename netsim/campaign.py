@@ -1,0 +1,101 @@
+"""Many runs of many scenarios, side by side, and what is said of them together.
+
+Owns which runs are made (a seed twice, with two hash seeds, where sameness is asked for), their order (the longest first, so that
+the last doesn't run alone), and the verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from netsim.outcome import Outcome
+from netsim.processes import HASH_SEEDS, Task, run_all
+from netsim.report import Progress, duration_said, table
+from netsim.runner import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some seeds of one scenario."""
+
+    prepared: Prepared
+    seeds: tuple[int, ...]
+    is_twice: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a part: an outcome for each seed, and the pairs that weren't the same twice."""
+
+    part: Part
+    outcomes: tuple[Outcome, ...]
+    different: tuple[tuple[Outcome, Outcome], ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.different and all(outcome.passed for outcome in self.outcomes)
+
+
+def run_parts(parts: Sequence[Part], jobs: int, plots: str = "", *, is_timed: bool = True) -> list[Result]:
+    """Run everything, ``jobs`` at a time, with a progress bar on standard error."""
+    tasks: list[tuple[int, Task]] = []
+    for index, part in enumerate(parts):
+        scenario = part.prepared.scenario
+        for seed in part.seeds:
+            for hash_seed in HASH_SEEDS if part.is_twice else ("",):
+                task = Task(part.prepared.file, seed, scenario.real_s_max, hash_seed, plots, is_timed)
+                tasks.append((index, task))
+    tasks.sort(key=lambda item: -item[1].real_s_max)
+    progress = Progress(sys.stderr, f"{len(tasks)} runs")
+    total_s = math.fsum(task.real_s_max for _, task in tasks)
+
+    def on_change(done: Sequence[Task], running: Sequence[Task]) -> None:
+        names = ", ".join(f"{Path(task.file).stem} seed {task.seed}" for task in running[:3])
+        progress.show(math.fsum(task.real_s_max for task in done) / total_s, f"{len(done)} done; {names}")
+
+    outcomes = run_all([task for _, task in tasks], jobs, on_change)
+    progress.clear()
+    found: list[dict[int, list[Outcome]]] = [{} for _ in parts]
+    for (index, task), outcome in zip(tasks, outcomes, strict=True):
+        found[index].setdefault(task.seed, []).append(outcome)
+    return [_result(part, by_seed) for part, by_seed in zip(parts, found, strict=True)]
+
+
+def _result(part: Part, by_seed: dict[int, list[Outcome]]) -> Result:
+    pairs = [(runs[0], runs[-1]) for runs in (by_seed[seed] for seed in part.seeds)]
+    different = tuple(pair for pair in pairs if pair[0].trace_hash != pair[1].trace_hash or not pair[0].trace_hash)
+    worst = tuple(next((run for run in pair if not run.passed), pair[0]) for pair in pairs)
+    return Result(part, worst, different if part.is_twice else ())
+
+
+def twice_lines(results: Sequence[Result]) -> list[str]:
+    """Whether what was run twice was the same."""
+    lines = []
+    for result in results:
+        for one, other in result.different:
+            hashes = " and ".join(run.trace_hash or "none" for run in (one, other))
+            lines.append(f"NOT THE SAME TWICE: {one.scenario}, seed {one.seed}: {hashes}")
+            lines.append(f"  again: {one.replay} --twice")
+    count = sum(len(result.outcomes) for result in results if result.part.is_twice)
+    if count and not lines:
+        lines.append(f"each of {count} runs was the same in two processes with two PYTHONHASHSEEDs")
+    return lines
+
+
+def campaign_lines(results: Sequence[Result]) -> list[str]:
+    """A row for each part."""
+    rows = [("scenario", "hosts", "seeds", "passed", "virtual time", "core s a seed", "peak MiB", "")]
+    for result in results:
+        outcomes, scenario = result.outcomes, result.part.prepared.scenario
+        mean_s = math.fsum(one.real_s for one in outcomes) / len(outcomes)
+        peak = max(one.peak_rss_mib for one in outcomes)
+        verdict = "FAILED" if not result.passed else "the same twice" if result.part.is_twice else "ok"
+        rows.append((
+            scenario.name, f"{scenario.host_count:,}", str(len(outcomes)), str(sum(one.passed for one in outcomes)),
+            duration_said(max(one.virtual_s for one in outcomes)), f"{mean_s:.1f}", f"{peak:,.0f}", verdict,
+        ))  # fmt: skip
+    return table(rows, right=(1, 2, 3, 4, 5, 6), indent="")
