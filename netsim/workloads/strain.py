@@ -162,7 +162,9 @@ class Churn:
         self._metrics.put("left.unnegotiated", sum(found.unnegotiated for found in connections))
         self._metrics.put("left.handlers", len(world.loop.tasks_of(target.name)) - tasks_before)
         gc.collect()
-        self._metrics.put("left.objects", sum(isinstance(found, Stream) for found in gc.get_objects()))
+        owners = (sender.overlay, answerer.overlay)
+        objects = [found for found in gc.get_objects() if isinstance(found, Stream)]
+        self._metrics.put("left.objects", sum(found.connection._owner in owners for found in objects))
 
     async def _all(self, sender: BarePeer, answerer: BarePeer) -> None:
         turns = asyncio.Semaphore(self._settings.at_once)
