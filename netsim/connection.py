@@ -15,7 +15,7 @@ from contextvars import Context
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, cast
 
-from netsim.flow import CHUNK_BYTES_MAX, Fin, Flow, Path, Payload
+from netsim.flow import CHUNK_BYTES_MAX, FIN, Fin, Flow, Path, Payload
 
 if TYPE_CHECKING:
     from netsim.wire import Kernel, Line, Wire
@@ -68,6 +68,7 @@ class FabricConnection(asyncio.Transport):
         "inbox_bytes",
         "is_cut",
         "is_forgotten",
+        "is_plain",
         "is_queued",
         "is_waiting",
         "kernel",
@@ -82,6 +83,7 @@ class FabricConnection(asyncio.Transport):
         "rto_armed",
         "serial",
         "socket",
+        "window_bytes",
         "wire",
     )
 
@@ -94,10 +96,13 @@ class FabricConnection(asyncio.Transport):
         self.remote = remote
         self.context = context
         self.flow = Flow(kernel.card)
+        self.window_bytes = kernel.card.receive_window_bytes
         self.socket: Socket = OPEN
         self.path = Path()
         self.router: Line | None = None
         self.is_cut = False
+        self.is_plain = False
+        """Whether all that happens to a chunk on its way is that it takes the path's delay."""
         self.cut_after: int | None = None
         self.arrived_bytes = 0
         self.serial = 0
@@ -149,10 +154,12 @@ class FabricConnection(asyncio.Transport):
             self._fatal(self.error)
             return
         flow = self.flow
-        room = flow.room
-        if len(data) <= room:
-            flow.queue(bytes(data))
+        count = len(data)
+        if flow.unsent_bytes + count <= flow.most_unsent:
+            flow.unsent.append(bytes(data))
+            flow.unsent_bytes += count
         else:
+            room = flow.room
             view = memoryview(data)
             if room:
                 flow.queue(bytes(view[:room]))
@@ -333,7 +340,7 @@ class FabricConnection(asyncio.Transport):
         self.inbox_bytes -= size
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _feed(self, data: bytes | memoryview) -> None:
+    def _feed(self, data: Any) -> None:
         """Hand bytes to the protocol, at most as many at a time as its buffer holds."""
         left = data
         try:
@@ -376,10 +383,6 @@ class FabricConnection(asyncio.Transport):
     # --- the kernel's side: only from the world's own timers ---
 
     @property
-    def window_bytes(self) -> int:
-        return self.flow.card.receive_window_bytes
-
-    @property
     def has_backlog(self) -> bool:
         """Whether the transport waits for room in the kernel."""
         return self._buffer is not None
@@ -395,7 +398,7 @@ class FabricConnection(asyncio.Transport):
             or self._reading_paused
             or self.held_until > loop.now_s
             or self._drain_scheduled
-            or isinstance(payload, Fin)
+            or payload is FIN
             or (loop.is_watching and loop.is_frozen(self.kernel.name))
         ):
             self.inbox.append(payload)

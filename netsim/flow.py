@@ -122,6 +122,7 @@ class Flow:
         "last_sent",
         "lost",
         "most_segments",
+        "most_unsent",
         "on_wire_bytes",
         "peak",
         "peak_at",
@@ -142,6 +143,7 @@ class Flow:
         self.unsent_bytes = 0
         self.fin_wanted = False
         self.window = card.initial_window_segments
+        self.most_unsent = card.notsent_lowat_bytes
         self.most_segments = card.send_buffer_bytes // SEGMENT_BYTES
         self.ssthresh = UNLIMITED_SEGMENTS
         self.in_flight = 0
@@ -166,12 +168,12 @@ class Flow:
     @property
     def room(self) -> int:
         """Bytes that the kernel still takes."""
-        return max(0, self.card.notsent_lowat_bytes - self.unsent_bytes)
+        return max(0, self.most_unsent - self.unsent_bytes)
 
     @property
     def is_writable(self) -> bool:
         """Whether a writer that waits is woken: half of the buffer is free."""
-        return self.unsent_bytes * 2 < self.card.notsent_lowat_bytes
+        return self.unsent_bytes * 2 < self.most_unsent
 
     @property
     def has_more(self) -> bool:
@@ -217,7 +219,12 @@ class Flow:
                 count = min(most, room, free * SEGMENT_BYTES)
                 if count <= 0:
                     return None
-            payload = self._take(count)
+            unsent = self.unsent
+            if len(unsent[0]) == count:
+                payload = unsent.pop(0)
+                self.unsent_bytes -= count
+            else:
+                payload = self._take(count)
             segments = (count + SEGMENT_BYTES - 1) // SEGMENT_BYTES
             self.on_wire_bytes += count
         elif self.fin_wanted:
@@ -236,8 +243,6 @@ class Flow:
         self.unsent_bytes -= count
         unsent = self.unsent
         first = unsent[0]
-        if len(first) == count:
-            return unsent.pop(0)
         if len(first) > count:
             view = memoryview(first)
             unsent[0] = view[count:]
@@ -279,31 +284,40 @@ class Flow:
         self.unheard = 0
 
     def count_acks(self, now: float) -> None:
-        """Count the acknowledgements whose time has come."""
+        """Count the acknowledgements whose time has come; those between two losses as one."""
         acks = self.acks
-        counted = 0
+        counted = total = 0
         for when, segments, sent_at, loss in acks:
             if when > now:
                 break
             counted += 1
-            self._acknowledged(when, segments, sent_at, loss)
-        del acks[:counted]
-
-    def _acknowledged(self, when: float, segments: int, sent_at: float, loss: Loss) -> None:
-        self.in_flight = max(0, self.in_flight - segments)
-        if self.backoffs:
-            self.backoffs = 0
-        elif loss is not TIMED_OUT:
-            self.measured(when - sent_at)
-        self.stuck_since = None
-        if loss is not NONE:
+            if loss is NONE:
+                total += segments
+                continue
+            self._acknowledged(total)
+            total = 0
+            self.in_flight = max(0, self.in_flight - segments)
+            if loss is NOTICED and not self.backoffs:
+                self.measured(when - sent_at)
             self._lost_some(when, loss)
-        elif self.window < self.ssthresh:
-            if self.window < 2 * self.peak:
-                self.window = min(self.window + segments, max(self.ssthresh, self.window))
+        if counted:
+            when, _, sent_at, loss = acks[counted - 1]
+            if loss is NONE and not self.backoffs:
+                self.measured(when - sent_at)
+            self._acknowledged(total)
+            self.backoffs = 0
+            self.stuck_since = None
+            del acks[:counted]
+
+    def _acknowledged(self, segments: int) -> None:
+        """Segments arrived, none of them lost: the window grows while it is the limit."""
+        self.in_flight = self.in_flight - segments if self.in_flight > segments else 0
+        window = self.window
+        if window < self.ssthresh:
+            self.window = max(window, min(window + segments, self.ssthresh, 2 * self.peak))
         elif self.is_limited:
             self._credit += segments
-            if self._credit >= self.window:
+            while self._credit >= self.window:
                 self._credit -= self.window
                 self.window += 1
 

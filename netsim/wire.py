@@ -18,6 +18,7 @@ from netsim import nat
 from netsim.connection import DEAD, OPEN, ORPHANED, FabricConnection
 from netsim.flow import (
     CHUNK_BYTES_MAX,
+    FIN,
     NONE,
     RETRIES_MAX,
     RTO_MAX_S,
@@ -169,7 +170,14 @@ class Wire:
         if line is not None:
             took = (len(payload) or BARE_SEGMENT_BYTES) / line.bytes_per_s
             line.free_at = now + took
-        self._depart(end, payload, now, took)
+        if end.is_plain:
+            arrival = now + took + end.path.delay_s
+            if arrival < flow.last_arrival:  # noqa: PLR1730 - max() takes three times as long, here of all places
+                arrival = flow.last_arrival
+            flow.last_arrival = arrival
+            self.loop.post_at(arrival, self._land, end, payload, now, 0.0, NONE)
+        else:
+            self._depart(end, payload, now, took)
         if end.has_backlog:
             end.wake_writer()
         return True
@@ -215,6 +223,7 @@ class Wire:
             self.send(end)
 
     def _depart(self, end: FabricConnection, payload: Payload, now: float, took: float) -> None:
+        """By a path with more to it than a delay."""
         path, flow = end.path, end.flow
         arrival = now + took + path.delay_s
         late = 0.0
@@ -232,9 +241,7 @@ class Wire:
             if lost is not None:
                 repeats = repeated_losses(path.loss, self._draw(end))
                 late, loss = flow.recovery(segments, lost, repeats, flow.rtt_s or 2 * path.delay_s)
-        if arrival < flow.last_arrival:  # noqa: PLR1730 - max() takes three times as long, here of all places
-            arrival = flow.last_arrival
-        flow.last_arrival = arrival
+        flow.last_arrival = arrival = max(arrival, flow.last_arrival)
         if end.kernel.nat or end.other.kernel.nat:
             self._refresh(end, now)
         if end.other.kernel.downlink is None:
@@ -297,20 +304,23 @@ class Wire:
             back = self.loop.now_s + other.path.delay_s
             if loss is TIMED_OUT:
                 back += late
-            flow.acknowledge(back, segments, sent_at, loss)
+            if flow.unheard or (flow.acks and back < flow.acks[-1][0]):
+                flow.acknowledge(back, segments, sent_at, loss)
+            else:
+                flow.acks.append((back, segments, sent_at, loss))
             if end.is_waiting and not end.ack_armed:
                 end.ack_armed = True
                 self.loop.post_at(back, self._ack_due, end)
         name = other.kernel.name
-        if isinstance(payload, Fin):
+        if payload is FIN:
             self.trace.add("fin", name, end.kernel.name)
             self._over(end)
         elif end.cut_after is not None and other.arrived_bytes + count >= end.cut_after:
-            self._cut_here(end, other, payload)
+            self._cut_here(end, other, payload)  # type: ignore[arg-type]
             return
         else:
             other.arrived_bytes += count
-            self.trace.add("data", name, f"{end.kernel.name} {count} {crc32(payload):08x}")
+            self.trace.add("data", name, f"{end.kernel.name} {count} {crc32(payload):08x}")  # type: ignore[arg-type]
         other.receive(payload, late)
 
     def _cut_here(self, end: FabricConnection, other: FabricConnection, payload: bytes | memoryview) -> None:
