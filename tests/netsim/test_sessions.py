@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from netsim.mischief import CELLS
-from netsim.runner import Outcome, prepare, run_seed
+from netsim.outcome import Outcome
+from netsim.runner import prepare, run_seed
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 HOSTS = {"boot": 1, "server": 4, "driver": 1}
