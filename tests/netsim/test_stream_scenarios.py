@@ -60,3 +60,7 @@ def test_both_sides_may_write_before_they_read() -> None:
 
 def test_garbage_at_every_layer_ends_typed_and_harms_nobody_else() -> None:
     passed("stream-garbage", attacks=4, except_for=("attacks", "dials", "dials.failed"))
+
+
+def test_behind_each_kind_of_nat_those_are_met_that_the_known_matrix_says() -> None:
+    passed("nat-matrix", 2)
