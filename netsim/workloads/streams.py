@@ -47,6 +47,7 @@ class BesideSettings:
         to: the group whose first host takes the windows; ``bulk_to``: the one that takes the transfer.
         sessions: decode streams, each with a window every ``every_s``.
         alone_s: seconds of windows before the transfer begins, and after it has ended.
+        late_s: the windows begin so long after the transfer, when the way is full of it.
     """
 
     source: str = "driver"
@@ -56,6 +57,7 @@ class BesideSettings:
     window_bytes: int = 16 << 10
     every_s: float = 0.1
     alone_s: float = 2.0
+    late_s: float = 0.0
     bulk_bytes: int = 16 << 20
     bulks: int = 1
     uplink_mbit: float = 20.0
@@ -115,6 +117,8 @@ class Beside:
         told = self._settings
         stream = await sender.open(taker, DECODE)
         await asyncio.sleep(told.every_s * number / told.sessions)
+        if told.late_s:
+            await asyncio.sleep(told.alone_s + told.late_s)
         while not self._is_over:
             stream.write_nowait(window(told.window_bytes, asyncio.get_running_loop().time()))
             self._sent += 1
