@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import struct
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -13,11 +12,14 @@ from dataclasses import dataclass
 import pytest
 
 from blocks.protocol.admission import Grant, Wish
-from blocks.protocol.device import EmbedJob, Job, JobResult, LeaseKey, ReleaseJob, SpanJob
+from blocks.protocol.device import LeaseKey
 from blocks.protocol.hops import Hops, HopSettings
 from blocks.sampling_params import SamplingParams
 from blocks.service import SpanService
 from blocks.session_directory import SessionDirectory
+from netsim.arithmetic import Arithmetic, ArithmeticRunner
+from netsim.compute import DEVICES
+from netsim.devices import SimDevice
 from netsim.fabric import Path
 from netsim.loop import run
 from overlay.errors import PeerdError
@@ -30,91 +32,33 @@ from peerd.decoding import Decode, DecodeRequest, DecoderPool, DriverModel
 from routing.types import ComputeClass, Hop, ModelId, Route, Span
 from tests.netsim.small_network import Lines, SmallNetwork
 
-MODEL, CLASS = ModelId(b"m" * 32), ComputeClass("none", "float32")
-PROMPT, NEW_TOKENS, VOCABULARY = tuple(range(3, 40)), 24, 997
-STEP_S = 0.002
+MODEL, KEY = Arithmetic(6, 1), "arithmetic"
+MODEL_ID, CLASS = ModelId(b"m" * 32), ComputeClass("none", "float32")
+PROMPT, NEW_TOKENS = tuple(range(3, 40)), 24
 DRIVER = "10.0.0.9"
 SERVERS = {"10.0.0.1": Span(0, 2), "10.0.0.2": Span(2, 4), "10.0.0.3": Span(4, 6), "10.0.0.4": Span(2, 4)}
 
 
-def block(state: int, value: int, layer: int) -> int:
-    """A stand-in for a transformer block: depends on all that came before, and on the layer."""
-    return (state * 31 + value * (layer + 7) + 13) % 1_000_003
-
-
-def part(values: Sequence[int]) -> Part:
-    return Part(
-        "hidden", "float32", (len(values), 1), struct.pack(f"<{len(values)}f", *(v % VOCABULARY for v in values))
-    )
-
-
-def values_of(hidden: Part) -> list[int]:
-    return [int(value) for value in struct.unpack(f"<{hidden.shape[0]}f", hidden.data)]
-
-
-class ArithmeticDevice:
-    """A `Device` whose model is exact arithmetic with a KV cache; each job takes `STEP_S` of virtual time."""
-
-    def __init__(self) -> None:
-        self.step_count = 0
-        self.queue_depth = 0
-        self._caches: dict[LeaseKey, list[list[int]]] = {}
-        self._busy_until = 0.0
-
-    def submit(self, jobs: Sequence[Job], done: Callable[[JobResult], None]) -> None:
-        loop = asyncio.get_running_loop()
-        for job in jobs:
-            self.queue_depth += 1
-            self._busy_until = max(loop.time(), self._busy_until) + STEP_S
-            loop.call_at(self._busy_until, self._finish, job, done)
-
-    def _finish(self, job: Job, done: Callable[[JobResult], None]) -> None:
-        self.queue_depth -= 1
-        self.step_count += 1
-        done(self._run(job))
-
-    def _run(self, job: Job) -> JobResult:
-        if isinstance(job, SpanJob):
-            return JobResult(job, self._span(job))
-        if isinstance(job, ReleaseJob):
-            self._caches.pop(job.lease, None)
-            return JobResult(job)
-        if isinstance(job, EmbedJob):
-            return JobResult(job, part(job.tokens))
-        token = values_of(job.hidden)[-1]
-        return JobResult(job, part([token]), token)
-
-    def _span(self, job: SpanJob) -> Part:
-        caches = self._caches.setdefault(job.lease, [[0] for _ in range(len(job.span))])
-        rows = values_of(job.hidden)
-        for layer, cache in enumerate(caches, job.span.start):
-            assert len(cache) > job.position, "the hop let a gap through"
-            del cache[job.position + 1 :]
-            for index, value in enumerate(rows):
-                cache.append(block(cache[-1], value, layer))
-                rows[index] = cache[-1] % VOCABULARY
-        return part(rows if job.keep < 0 else rows[len(rows) - job.keep :])
+def arithmetic_device() -> SimDevice:
+    """Blocks and head of the exact model, on one machine."""
+    runner = ArithmeticRunner(MODEL)
+    runner.install_span(KEY, Span(0, MODEL.blocks))
+    runner.install_head(KEY)
+    made = SimDevice(DEVICES["home-gpu"], runner)
+    made.start()
+    return made
 
 
 def expected() -> list[int]:
     """The tokens of the whole model in one place, without any of the machinery."""
-    tokens, states = list(PROMPT), [0] * 6
-    fed = 0
-    while len(tokens) < len(PROMPT) + NEW_TOKENS:
-        for value in tokens[fed:]:
-            for layer in range(6):
-                states[layer] = block(states[layer], value, layer)
-                value = states[layer] % VOCABULARY
-        fed = len(tokens)
-        tokens.append(value)
-    return tokens[len(PROMPT) :]
+    return MODEL.generate(PROMPT, NEW_TOKENS)
 
 
 class OpenDoor:
     """Admission without a budget."""
 
     def admit(self, lease: LeaseKey, wish: Wish) -> Grant | PeerdError:
-        return Grant("arithmetic", 4, 256, 1 << 20, 1, "float32")
+        return Grant(KEY, 4, 256, 1 << 20, 1, "float32")
 
     def release(self, lease: LeaseKey) -> None:
         """Nothing is counted."""
@@ -218,13 +162,13 @@ class Story:
 
 async def start_node(
     stack: AsyncExitStack, network: SmallNetwork, address: str, seed: int
-) -> tuple[Host, SpanService, Hops, SessionDirectory, ArithmeticDevice]:
+) -> tuple[Host, SpanService, Hops, SessionDirectory, SimDevice]:
     clock = LoopClock()
     randomness = Seeded(f"{seed} {address}")
     ports = Ports(clock, clock, randomness, (network.transport(address),), NoStorage())
     host = await stack.enter_async_context(Host(Identity(randomness.token(32)), ports))
     await host.listen(tcp_address(address, 4001))
-    device, directory = ArithmeticDevice(), SessionDirectory()
+    device, directory = arithmetic_device(), SessionDirectory()
     hops = Hops(HopSettings(host.peer_id.multihash, randomness.token(16)), OpenDoor(), device)
     service = await stack.enter_async_context(SpanService(host, device, hops, directory, clock))
     return host, service, hops, directory, device
@@ -250,7 +194,7 @@ async def decode(fault: Fault, seed: int = 1, path: Path | None = None) -> Story
         await stack.enter_async_context(pool)
         over = asyncio.Event()
         listener = Listener(trace, lambda count: fault(network, count), over)
-        model = DriverModel("arithmetic", MODEL, CLASS, 1, 1024)
+        model = DriverModel(KEY, MODEL_ID, CLASS, 1, 1024)
         started = LoopClock().now()
         running: Decode = pool.start(model, DecodeRequest(PROMPT, SamplingParams(), NEW_TOKENS), listener)
         await over.wait()
