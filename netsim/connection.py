@@ -63,6 +63,7 @@ class FabricConnection(asyncio.Transport):
         "draws",
         "error",
         "flow",
+        "has_fin",
         "held_until",
         "inbox",
         "inbox_bytes",
@@ -117,6 +118,7 @@ class FabricConnection(asyncio.Transport):
         self.inbox: list[Payload] = []
         self.inbox_bytes = 0
         self.held_until = 0.0
+        self.has_fin = False
         self.error: OSError | None = None
         self._protocol: asyncio.BufferedProtocol | None = None
         self._buffer: bytearray | None = None
@@ -401,6 +403,7 @@ class FabricConnection(asyncio.Transport):
             or payload is FIN
             or (loop.is_watching and loop.is_frozen(self.kernel.name))
         ):
+            self.has_fin = self.has_fin or payload is FIN
             self.inbox.append(payload)
             self.inbox_bytes += len(payload)
             self.kick()
@@ -430,6 +433,8 @@ class FabricConnection(asyncio.Transport):
         if not was_open:
             return
         self.error = error
+        if self.has_fin and isinstance(error, ConnectionResetError):  # as Linux tells it from a reset out of the blue
+            self.error = BrokenPipeError(errno.EPIPE, "Broken pipe")
         if self._buffer and not self._writer_scheduled:
             self._writer_scheduled = True
             self.wire.loop.call_soon(self._write_ready, context=self.context)
