@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
@@ -33,6 +34,7 @@ class Progress:
         whole = int(cells)
         bar = "█" * whole + (_BLOCKS[int((cells - whole) * 8)] if whole < BAR_CELLS else "")
         line = f"{self._label}  {bar:<{BAR_CELLS}}▕ {share:4.0%}  {note}"
+        line = line[: max(1, shutil.get_terminal_size().columns - 1)]  # a line that wraps can't be redrawn
         self._stream.write("\r" + line.ljust(self._width))
         self._stream.flush()
         self._width = len(line)
