@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from netsim.campaign import Part, campaign_lines, run_parts, twice_lines
+from netsim.campaign import Part, campaign_lines, hash_of, run_parts, twice_lines
 from netsim.outcome import Outcome
 from netsim.report import Progress, duration_said, failure_lines, markdown_table, run_lines, seeds_lines, table
 from netsim.runner import Prepared, prepare, run_seed
@@ -139,8 +139,7 @@ def _run_many(prepared: Sequence[Prepared], seeds: Sequence[int], given: argpars
         print("\n".join(seeds_lines(result.outcomes, result.part.prepared.scenario.about)), end="\n\n")
     print("\n".join(twice_lines(results)))
     _write_table([result.outcomes for result in results], given.table)
-    if len(results) == len(seeds) == 1:
-        print(f"trace hash: {results[0].outcomes[0].trace_hash}")
+    print(f"trace hash: {hash_of(results)}")
     return 0 if all(result.passed for result in results) else 1
 
 

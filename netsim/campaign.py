@@ -10,12 +10,14 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from netsim.outcome import Outcome
 from netsim.processes import HASH_SEEDS, Task, run_all
 from netsim.report import Progress, duration_said, table
 from netsim.runner import Prepared
+from netsim.trace import DIGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,12 @@ def _result(part: Part, by_seed: dict[int, list[Outcome]]) -> Result:
     different = tuple(pair for pair in pairs if pair[0].trace_hash != pair[1].trace_hash or not pair[0].trace_hash)
     worst = tuple(next((run for run in pair if not run.passed), pair[0]) for pair in pairs)
     return Result(part, worst, different if part.is_twice else ())
+
+
+def hash_of(results: Sequence[Result]) -> str:
+    """Of one run its own; of more, one over all of theirs in order."""
+    hashes = [outcome.trace_hash for result in results for outcome in result.outcomes]
+    return hashes[0] if len(hashes) == 1 else blake2b(" ".join(hashes).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def twice_lines(results: Sequence[Result]) -> list[str]:

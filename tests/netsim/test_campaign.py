@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from netsim import campaign
+from netsim.campaign import Part, campaign_lines, hash_of, twice_lines
+from netsim.outcome import Outcome
+from netsim.runner import prepare
+
+SMALL = """
+about = "Two hosts."
+duration_s = 2
+endless = true
+workload = "smoke.echo"
+[hosts.home]
+count = 2
+kind = "echo"
+[checks]
+asked = { min = 1 }
+"""
+
+
+def parts(directory: Path, **told: bool) -> list[Part]:
+    found = []
+    for name, is_twice in told.items():
+        file = directory / f"{name}.toml"
+        file.write_text(SMALL)
+        found.append(Part(prepare(file), (1,), is_twice))
+    return found
+
+
+def ran(trace_hash: str) -> Outcome:
+    return Outcome("one", "one.toml", 1, {}, (), (), {}, trace_hash, 1, 1, 1.0, 1.0, 1.0)
+
+
+def test_parts_are_told_in_one_table_and_have_one_hash(tmp_path: Path) -> None:
+    one, two = parts(tmp_path, one=False, two=True)
+    results = [campaign._result(one, {1: [ran("aa")]}), campaign._result(two, {1: [ran("bb"), ran("bb")]})]
+    first, second = campaign_lines(results)[2:]
+    assert first.startswith("one")
+    assert first.endswith("ok")
+    assert second.endswith("the same twice")
+    assert twice_lines(results) == ["each of 1 runs was the same in two processes with two PYTHONHASHSEEDs"]
+    assert hash_of(results[:1]) == "aa"
+    assert len(hash_of(results)) == 32
+
+
+def test_a_run_that_differs_is_a_failure_with_both_hashes(tmp_path: Path) -> None:
+    (part,) = parts(tmp_path, one=True)
+
+    different = campaign._result(part, {1: [ran("aa"), ran("bb")]})
+    assert not different.passed
+    assert twice_lines([different])[0] == "NOT THE SAME TWICE: one, seed 1: aa and bb"
+    assert campaign._result(part, {1: [ran("aa"), ran("aa")]}).passed
+    assert not campaign._result(part, {1: [ran(""), ran("")]}).passed
