@@ -126,7 +126,7 @@ class Host:
         self._draining: dict[Connection, float] = {}
         self._listeners: list[Listener] = []
         self._dials: dict[PeerId, asyncio.Task[Connection | PeerdError]] = {}
-        self._handler_tasks: set[asyncio.Task[None]] = set()
+        self._handler_tasks: dict[Stream, asyncio.Task[None]] = {}
         self._inbound: dict[tuple[PeerId, str], int] = {}
         self._on_open: list[ConnectionListener] = []
         self._on_close: list[ConnectionListener] = []
@@ -167,7 +167,7 @@ class Host:
         for connection in open_connections:
             connection.close_nowait()
         await asyncio.gather(*(connection.close() for connection in open_connections))
-        for task in list(self._handler_tasks):
+        for task in list(self._handler_tasks.values()):
             task.cancel()
         await tasks.__aexit__(None, None, None)
 
@@ -290,21 +290,30 @@ class Host:
 
     async def open_stream(
         self, peer: PeerId, protocol: str, *, addresses: Sequence[Multiaddr] = (),
-        priority: Priority = Priority.CONTROL, timeout_s: float = limits.NEGOTIATE_TIMEOUT_S, lazily: bool = False,
+        priority: Priority = Priority.CONTROL, timeout_s: float | None = limits.NEGOTIATE_TIMEOUT_S,
+        lazily: bool = False,
     ) -> Stream:  # fmt: skip
         """A stream that speaks ``protocol``, dialling if needed. Raises typed errors; cancel-safe.
 
         Where identify listed the protocol, or ``lazily``, the caller's first bytes travel with the proposal, without a round trip; a
-        refusal then comes when the stream is read. A connection that the peer is leaving just now is replaced by a new one, once.
+        refusal then comes when the stream is read. ``timeout_s`` None is for callers with a deadline of their own.
         """
+        if timeout_s is None:
+            return await self._open_or_again(peer, protocol, addresses, priority, lazily)
         try:
             async with asyncio.timeout(timeout_s):
-                try:
-                    return await self._open_stream(peer, protocol, addresses, priority, lazily)
-                except _Left:
-                    return await self._open_stream(peer, protocol, addresses, priority, lazily)
+                return await self._open_or_again(peer, protocol, addresses, priority, lazily)
         except TimeoutError:
             raise TimedOut(f"{peer} did not open a {protocol} stream within {timeout_s:.0f} s.") from None
+
+    async def _open_or_again(
+        self, peer: PeerId, protocol: str, addresses: Sequence[Multiaddr], priority: Priority, lazily: bool
+    ) -> Stream:
+        """A connection that the peer is leaving just now is replaced by a new one, once."""
+        try:
+            return await self._open_stream(peer, protocol, addresses, priority, lazily)
+        except _Left:
+            return await self._open_stream(peer, protocol, addresses, priority, lazily)
 
     async def _open_stream(
         self, peer: PeerId, protocol: str, addresses: Sequence[Multiaddr], priority: Priority, lazily: bool
@@ -445,9 +454,8 @@ class Host:
         stream.priority = service.priority
         if service.priority in (Priority.DECODE, Priority.BULK):
             connection.session.grant(stream.lane, limits.EXTRA_WINDOW_BYTES)
-        task = self._spawn(self._handle(stream, service, key), f"{stream.protocol} from {connection.remote_peer.short}")
-        self._handler_tasks.add(task)
-        task.add_done_callback(self._handler_tasks.discard)
+        name = f"{stream.protocol} from {connection.remote_peer.short}"
+        self._handler_tasks[stream] = self._spawn(self._handle(stream, service, key), name)
 
     async def _handle(self, stream: Stream, service: _Service, key: tuple[PeerId, str]) -> None:
         try:
@@ -460,6 +468,7 @@ class Host:
             log.exception("the handler of %s failed; its stream was reset", stream.protocol)
             stream.reset("internal")
         finally:
+            self._handler_tasks.pop(stream, None)
             self._inbound[key] -= 1
             if not self._inbound[key]:
                 del self._inbound[key]

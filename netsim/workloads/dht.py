@@ -198,8 +198,8 @@ class RecordsSettings:
         settle_s: between the last join and the first record.
         calm_s: between the records and the looking.
         lost_group: hosts that are cut from the power before the looking; ``lost_share`` of them.
-        ksize_min: a record has to have been taken by so many.
         lookers_max: of those that look for the shared keys, no more than this; all where it is 0.
+        ttl_s: of each record.
     """
 
     records: int = 100
@@ -211,6 +211,7 @@ class RecordsSettings:
     lost_group: str = ""
     lost_share: float = 0.0
     lookers_max: int = 0
+    ttl_s: float = TTL_S
 
 
 class Records:
@@ -241,7 +242,9 @@ class Records:
             publishing += [
                 (machine, f"shared {number}".encode()) for machine in field.draws.sample(stay, settings.sharers)
             ]
-        made = await field.at_once([partial(field.publish, machine, key) for machine, key in publishing])
+        made = await field.at_once(
+            [partial(field.publish, machine, key, settings.ttl_s) for machine, key in publishing]
+        )
         await asyncio.sleep(settings.calm_s)
         for name in lost:
             self._world.power_off(self._world.machines[name])

@@ -410,6 +410,9 @@ class Dht:
             self._failures.pop(contact.id, None)
             self._table.remove_contact(known)
             _remember(self._lost, known.peer, self._addresses(known), limits.LOST_MAX)
+            if len(self._table) < self.config.ksize:
+                self._self_lookup_due = min(self._self_lookup_due, self._now() + limits.SELF_LOOKUP_LONELY_S)
+                self._wake.set()
 
     def _admit(self, contact: Contact) -> None:
         """A contact answered, or showed itself."""
@@ -426,7 +429,7 @@ class Dht:
         if oldest is not None:
             if now - oldest.seen > limits.CONTACT_FRESH_S:
                 self._consider(oldest.peer)
-        elif known is None and self._table.get(fresh.id) is not None:
+        elif self._table.get(fresh.id) is not None and self._publications.wanted_by(fresh, self.config.ksize):
             self._spawn(f"hand over {fresh.peer}", self._hand_over(fresh))
 
     def _connection_closed(self, connection: Connection) -> None:

@@ -124,7 +124,7 @@ async def call(
                 tries -= 1
                 # Lazily: a peer that doesn't speak the protocol refuses, and has heard nothing of it.
                 stream = await host.open_stream(
-                    peer, protocol, addresses=addresses, priority=priority, timeout_s=timeout_s, lazily=True
+                    peer, protocol, addresses=addresses, priority=priority, timeout_s=None, lazily=True
                 )
                 try:
                     answer = await _ask(stream, host, question, message_bytes_max)
