@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
@@ -292,9 +293,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """As the base loop; the dead are taken apart first, where nothing they do has an effect."""
         if not self.is_running() and not self.is_closed():
             buried, self._buried = self._buried, []
-            for task in buried:
-                take_apart(task)
-            self._due.clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what their clean-up begins is never awaited, and must not be
+                for task in buried:
+                    take_apart(task)
+                self._due.clear()
+                self._timers.clear()
+                if buried:
+                    del task, buried
+                    gc.collect()
         super().close()
 
     # --- errors ---

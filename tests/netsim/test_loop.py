@@ -343,3 +343,26 @@ def test_sets_of_tasks_and_futures_iterate_alike_in_every_process() -> None:
     ]
     assert told[0] == told[1]
     assert len(told[0]) > 1000
+
+
+def test_what_a_dead_process_would_still_begin_is_never_heard_of() -> None:
+    async def main() -> None:
+        loop = virtual()
+
+        async def close_something() -> None:
+            await asyncio.sleep(1)
+
+        async def life() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                loop.create_task(close_something())
+                await close_something()
+
+        kept = loop.create_task(life(), context=loop.context_of("a"))
+        await asyncio.sleep(1)
+        loop.mute("a")
+        assert not kept.done()
+
+    run(main())
+    gc.collect()  # a coroutine that was never awaited would be told of here, and fail the test
