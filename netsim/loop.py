@@ -293,6 +293,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """As the base loop; the dead are taken apart first, where nothing they do has an effect."""
         if not self.is_running() and not self.is_closed():
             buried, self._buried = self._buried, []
+            known = len(self.failures)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what their clean-up begins is never awaited, and must not be
                 for task in buried:
@@ -302,6 +303,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 if buried:
                     del task, buried
                     gc.collect()
+            del self.failures[known:]
         super().close()
 
     # --- errors ---

@@ -324,6 +324,10 @@ async def main():
     order += [future.result() for future in done]
     order += [futures.index(future) for future in pending]
     await asyncio.wait(pending)
+    gathered = [asyncio.gather(asyncio.sleep(number % 5)) for number in range(50)]
+    done, pending = await asyncio.wait(gathered, timeout=2.5)
+    order += [gathered.index(future) for future in done] + [gathered.index(future) for future in pending]
+    await asyncio.wait(pending)
     return order
 
 print(run(main()))
