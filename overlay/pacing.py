@@ -3,8 +3,8 @@
 Owns one window, in bytes between the socket's near end and the peer's mux, whatever lies between them: the kernel's buffer, a modem's
 queue, the path. *Marks* (pings with numbers of their own) say when bytes have arrived: a mark's echo confirms all that was written
 before it, and its round trip tells the delay that an urgent message meets now. The window follows "FAST TCP" (Wei, Jin, Low, Hegde,
-2006): once a round it becomes window * (base + target) / round trip, so that what waits anywhere on the way settles at `TARGET_S` of
-the rate; at first it doubles, until something waits. Must not know streams, frames or sockets.
+2006): once a round it becomes window * (base + target) / round trip, so that what waits anywhere on the way settles at a few
+milliseconds of the rate; while it is small it doubles, until something waits. Must not know streams, frames or sockets.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from dataclasses import dataclass
 
 from overlay.limits import URGENT_LIFE_S
 
-TARGET_S = 0.012
-"""What bulk may add to the way of an urgent message."""
+TARGET_S = (0.008, 0.02)
+"""What bulk may add to the way of an urgent message: as much as `TARGET_BYTES` take, within these."""
+TARGET_BYTES = 128 << 10
+"""What the queues of small modems bear."""
 WINDOW_FIRST_BYTES = 32 << 10
+DOUBLING_BYTES_MAX = 128 << 10
+"""What overshoots by more than this overflows small modems' queues, and loss costs more than a slow start."""
 WINDOW_MIN_BYTES = 8 << 10
 WINDOW_MAX_BYTES = 64 << 20
 MARKS_PER_WINDOW = 8
@@ -72,7 +76,7 @@ class Pacer:
         self._round_end = 0
         self._round_began_at = 0.0
         self._round_confirmed = 0
-        self._round_best_s: float | None = None
+        self._round_trips: list[float] = []
         self._rounds_at_least = 0
 
     def begin(self, position: int, now: float, base_s: float | None, *, is_full: bool) -> None:
@@ -119,7 +123,8 @@ class Pacer:
             self._marks.popleft()
         self._marks.popleft()
         if self._is_doubling and self._was_limit and not self._is_emptying:
-            self.window = min(WINDOW_MAX_BYTES, self.window + mark.position - self._confirmed)
+            self.window = min(DOUBLING_BYTES_MAX, self.window + mark.position - self._confirmed)
+            self._is_doubling = self.window < DOUBLING_BYTES_MAX
         self._confirmed = mark.position
         trip_s = max(now - mark.sent_at, 1e-6)
         if self._is_emptying:
@@ -128,25 +133,26 @@ class Pacer:
             self.base_s = trip_s if self.base_s is None else min(self.base_s, trip_s)
             return
         self.base_s = trip_s if self.base_s is None else min(self.base_s, trip_s)
-        self._round_best_s = trip_s if self._round_best_s is None else min(self._round_best_s, trip_s)
+        self._round_trips.append(trip_s)
         if mark.position >= self._round_end:
             self._end_round(now)
             self._start_round(position, now)
 
     def _start_round(self, position: int, now: float) -> None:
         self._round_end, self._round_began_at, self._round_confirmed = position, now, self._confirmed
-        self._round_best_s = None
+        self._round_trips = []
         self._was_limit = False
 
     def _end_round(self, now: float) -> None:
-        trip_s, base_s = self._round_best_s, self.base_s
-        assert trip_s is not None and base_s is not None, "an echo was counted in this round"
-        if trip_s - base_s > TARGET_S / 2:
+        trip_s, base_s = sum(self._round_trips) / len(self._round_trips), self.base_s
+        assert base_s is not None, "an echo was counted in this round"
+        target_s = min(TARGET_S[1], max(TARGET_S[0], TARGET_BYTES * trip_s / self.window))
+        if trip_s - base_s > target_s / 2:
             self._is_doubling = False
             if self._was_limit and now > self._round_began_at:
                 sample = (self._confirmed - self._round_confirmed) / (now - self._round_began_at)
                 self.rate = max(sample, RATE_KEPT * (self.rate or 0.0))
-        factor = 1.0 if self._is_doubling else max(SHRINK_MAX, min(2.0, (base_s + TARGET_S) / trip_s))
+        factor = 1.0 if self._is_doubling else max(SHRINK_MAX, min(2.0, (base_s + target_s) / trip_s))
         if factor < 1 or self._was_limit:
             self.window = int(min(WINDOW_MAX_BYTES, max(WINDOW_MIN_BYTES, self.window * factor)))
         self._look_for_longer_path(trip_s)

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 
 from overlay.limits import URGENT_LIFE_S
-from overlay.pacing import MARK_AGAIN_S, MARK_MIN_BYTES, TARGET_S, WINDOW_MIN_BYTES, Pacer, UrgentTraffic
+from overlay.pacing import MARK_AGAIN_S, MARK_MIN_BYTES, WINDOW_MIN_BYTES, Pacer, UrgentTraffic
 
 PIECE_BYTES = 4096
 STEP_S = 0.001
@@ -51,14 +51,14 @@ class Path:
         return (self.position - began) / seconds
 
 
-PATHS = [(mbit, rtt_s) for mbit in (5, 20, 100) for rtt_s in (0.002, 0.04, 0.1)] + [(20, 0.3), (1000, 0.1)]
+PATHS = [(mbit, rtt_s) for mbit in (5, 20, 100) for rtt_s in (0.002, 0.04, 0.1)] + [(20, 0.2), (1000, 0.02)]
 
 
 @pytest.mark.parametrize(("mbit", "rtt_s"), PATHS)
 def test_bulk_takes_most_of_the_uplink_and_little_waits(mbit: float, rtt_s: float) -> None:
     path = Path(mbit * 125_000, rtt_s)
     path.pacer.begin(0, 0.0, None, is_full=False)
-    path.run(20 * rtt_s + 2)
+    path.run(60 * rtt_s + 2)
     assert path.run(max(0.3, 20 * rtt_s)) > 0.75 * path.rate
     assert sorted(path.waits)[len(path.waits) * 95 // 100] < WAIT_MAX_S
 
@@ -80,7 +80,7 @@ def test_the_window_follows_an_uplink_that_becomes_slower() -> None:
     path.rate = 1_250_000
     path.run(3)
     assert path.run(2) > 0.85 * path.rate
-    assert max(path.waits) < 3 * TARGET_S
+    assert max(path.waits) < WAIT_MAX_S
 
 
 def test_a_path_that_becomes_longer_is_taken_for_what_it_is() -> None:
