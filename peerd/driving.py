@@ -313,7 +313,8 @@ class SessionRoute:
         assert route is not None
         error = self._last_error = lost.error
         self.flowing = None
-        log.info("session %s lost its route: %s", self.session.hex()[:8], error)
+        where = "" if lost.hop_index is None else f" at {self._peer_at(lost.hop_index).hex()[-6:]}"
+        log.info("session %s lost its route%s: %s", self.session.hex()[:8], where, error)
         if lost.hop_index is not None:
             peer = self._peer_at(lost.hop_index)
             edge = None if lost.edge is None else self._peer_at(lost.edge)

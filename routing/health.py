@@ -1,7 +1,8 @@
 """Whom to leave alone for a while, and why: typed blame with back-off. Pure.
 
-A peer's back-off starts at 1 s and doubles to 5 min; success forgives. An edge's blame is the edge's. Our own faults count
-against nobody (DESIGN 7).
+A peer's back-off starts at 1 s and doubles to 5 min; success forgives. One that fell silent is left alone for longer at once: finding out
+took seconds, will take them again, and its record outlives it by a minute. An edge's blame is the edge's. Our own faults count against
+nobody (DESIGN 7).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from overlay.errors import Blame
 BACKOFF_MIN_S = 1.0
 BACKOFF_MAX_S = 300.0
 WRONG_BACKOFF_S = 60.0
+SILENT_BACKOFF_S = 30.0
+"""About as long as the record of a server without power is still handed out, on average."""
 ENTRIES_MAX = 4096
 FORGET_S = 600.0
 
@@ -22,11 +25,14 @@ class Fault(Enum):
     """What a peer did."""
 
     UNREACHABLE = "unreachable"
+    SILENT = "silent"
     SLOW = "slow"
     WRONG = "wrong"
     PROTOCOL = "protocol"
     EDGE = "edge"
 
+
+FIRST_BACKOFF_S = {Fault.WRONG: WRONG_BACKOFF_S, Fault.SILENT: SILENT_BACKOFF_S}
 
 FAULT_OF_CODE = {
     "unreachable": Fault.UNREACHABLE,
@@ -34,9 +40,9 @@ FAULT_OF_CODE = {
     "stream-reset": Fault.UNREACHABLE,
     "stream-closed": Fault.UNREACHABLE,
     "timed-out": Fault.UNREACHABLE,
-    "silent": Fault.UNREACHABLE,
+    "silent": Fault.SILENT,
     "stalled": Fault.SLOW,
-    "not-ready": Fault.SLOW,
+    "not-ready": Fault.SILENT,
     "bad-signature": Fault.PROTOCOL,
     "protocol-violation": Fault.PROTOCOL,
     "bad-message": Fault.PROTOCOL,
@@ -72,8 +78,9 @@ class Health:
             return  # a link whose other end nobody named is neither end's fault
         key = (peer, edge or b"")
         known = self._entries.pop(key, None)
-        first = WRONG_BACKOFF_S if fault is Fault.WRONG else BACKOFF_MIN_S
-        delay = first if known is None or now - known.until > FORGET_S else min(2 * known.delay_s, BACKOFF_MAX_S)
+        delay = FIRST_BACKOFF_S.get(fault, BACKOFF_MIN_S)
+        if known is not None and now - known.until <= FORGET_S:
+            delay = max(delay, min(2 * known.delay_s, BACKOFF_MAX_S))
         self._entries[key] = _Entry(now + delay, delay, fault)
         while len(self._entries) > ENTRIES_MAX:
             del self._entries[next(iter(self._entries))]

@@ -38,6 +38,8 @@ class SessionSettings:
         strikes_per_text: this many tokens of each text are drawn, and a hop of the route is struck when it has come so far; 0 is the
             time before the first token.
         back_after_s: when what was struck is as before.
+        strike_tokens: from which token to which; None: any.
+        in_order: the first text is struck at token 0, the second at token 1, and so on.
         strike_drivers: the share of the strikes that hit the driver itself.
         leases_end_s: after the last text, until nothing may be left: what a driver left behind is freed when its lease ends, 30 s after its
             last word.
@@ -58,6 +60,8 @@ class SessionSettings:
     strike_drivers: float = 0.0
     ready_s: float = 120.0
     leases_end_s: float = 45.0
+    strike_tokens: tuple[int, int] | None = None
+    in_order: bool = False
     copies: float = 0.0
     swaps: float = 0.0
 
@@ -160,21 +164,21 @@ class Texts:
 
     async def _drive(self, machine: Machine) -> None:
         draws = self.world.random(f"texts of {machine.name}")
-        for _ in range(self.settings.texts):
+        for index in range(self.settings.texts):
             prompt = tuple(draws.randrange(PRIME) for _ in range(draws.randint(*self.settings.prompt_tokens)))
             count = draws.randint(*self.settings.new_tokens)
             self.metrics.count("texts.asked")
-            await self._until_done(machine, prompt, count, draws)
+            plan = [self._strike(draws, count, index) for _ in range(self.settings.strikes_per_text)]
+            await self._until_done(machine, prompt, count, plan)
             await asyncio.sleep(draws.uniform(*self.settings.think_s))
 
-    async def _until_done(self, machine: Machine, prompt: tuple[int, ...], count: int, draws: random.Random) -> None:
+    async def _until_done(self, machine: Machine, prompt: tuple[int, ...], count: int, plan: Sequence[Strike]) -> None:
         """Ask; again when the driver died meanwhile."""
-        plan = [self._strike(draws, count) for _ in range(self.settings.strikes_per_text)]
         while True:
             while not is_ready(machine):  # noqa: ASYNC110 - virtual time is cheap, and no daemon tells of its death
                 await asyncio.sleep(ASK_AGAIN_S)
             text = _Text(self, machine, sorted(plan, key=lambda strike: strike.at_token))
-            plan = []  # a text that was taken along is let through the next time
+            plan = ()  # a text that was taken along is let through the next time
             try:
                 answer = await text.ask(prompt, count)
             except HostDied:
@@ -188,10 +192,13 @@ class Texts:
             self._note(machine, answer, self._expected(prompt, count), is_struck=text.is_struck)
             return
 
-    def _strike(self, draws: random.Random, count: int) -> Strike:
+    def _strike(self, draws: random.Random, count: int, index: int) -> Strike:
         settings = self.settings
         kind = draws.choice(settings.strikes) if settings.strikes else ""
-        at_token = draws.randrange(count)
+        first, last = settings.strike_tokens or (0, count - 1)
+        at_token = draws.randint(first, min(last, count - 1))
+        if settings.in_order:
+            at_token = index % count
         hits_driver = draws.random() < settings.strike_drivers
         return Strike(kind, at_token, draws.random(), draws.uniform(*settings.back_after_s), hits_driver)
 
