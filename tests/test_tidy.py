@@ -21,6 +21,7 @@ PURE = (
     "overlay/identify.py",
     "overlay/gate.py",
     "overlay/address_book.py",
+    "overlay/pacing.py",
     "overlay/noise",
     "overlay/yamux",
     "overlay/rpc/types.py",
