@@ -118,7 +118,7 @@ def take_apart(task: asyncio.Task[Any]) -> None:
 
 def _hash_of_gathering(gathering: Any) -> int:
     """`asyncio.gather` makes its future itself; it gets its number when a set first asks."""
-    serial: int | None = gathering.__dict__.get("serial")
+    serial: int | None = getattr(gathering, "serial", None)
     if serial is None:
         loop = gathering.get_loop()
         serial = loop.next_serial() if hasattr(loop, "next_serial") else object.__hash__(gathering)
