@@ -204,7 +204,7 @@ class Flow:
         if self.acks and self.acks[0][0] <= now:
             self.count_acks(now)
         in_flight, window = self.in_flight, self.window
-        if not in_flight and self.last_sent and now - self.last_sent > self.rto_s:
+        if not in_flight and now - self.last_sent > RTO_MIN_S and self.last_sent and now - self.last_sent > self.rto_s:
             self._restart(now)
             window = self.window
         free = (window if window < self.most_segments else self.most_segments) - in_flight

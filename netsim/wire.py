@@ -285,8 +285,9 @@ class Wire:
     def _land(self, end: FabricConnection, payload: Payload, sent_at: float, late: float, loss: Loss) -> None:
         self.events += 1
         flow, other, count = end.flow, end.other, len(payload)
+        here, there = end.kernel, other.kernel
         flow.on_wire_bytes -= count
-        if end.is_cut or flow.lost or not other.kernel.is_reachable:
+        if end.is_cut or flow.lost or not there.is_reachable:
             if end.socket is not DEAD:
                 flow.swallowed(payload, sent_at)
                 self._arm(end, sent_at)
@@ -297,7 +298,7 @@ class Wire:
             self._refused(end, other, payload)
             return
         segments = (count + SEGMENT_BYTES - 1) // SEGMENT_BYTES or 1
-        if other.is_cut or not end.kernel.is_reachable:
+        if other.is_cut or not here.is_reachable:
             flow.unanswered(segments, sent_at)
             self._arm(end, sent_at)
         else:
@@ -311,16 +312,15 @@ class Wire:
             if end.is_waiting and not end.ack_armed:
                 end.ack_armed = True
                 self.loop.post_at(back, self._ack_due, end)
-        name = other.kernel.name
         if payload is FIN:
-            self.trace.add("fin", name, end.kernel.name)
+            self.trace.add("fin", there.name, here.name)
             self._over(end)
         elif end.cut_after is not None and other.arrived_bytes + count >= end.cut_after:
             self._cut_here(end, other, payload)  # type: ignore[arg-type]
             return
         else:
             other.arrived_bytes += count
-            self.trace.add("data", name, f"{end.kernel.name} {count} {crc32(payload):08x}")  # type: ignore[arg-type]
+            self.trace.add("data", there.name, f"{here.name} {count} {crc32(payload):08x}")  # type: ignore[arg-type]
         other.receive(payload, late)
 
     def _cut_here(self, end: FabricConnection, other: FabricConnection, payload: bytes | memoryview) -> None:
