@@ -42,7 +42,7 @@ bench: $(STAMP) ## Ratios to a local loop and milliseconds per hop, from one run
 
 sim: $(STAMP) ## Every scenario in virtual time, 20 seeds of one of them twice, and the simulator's own speed (up to an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m netsim bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m netsim all --jobs 2 --repeat dht-100 --table build/sim-table.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m netsim all --jobs 2 --repeat session-loss --table build/sim-table.md
 
 clean: ## Remove the environment and build output
 	rm -rf $(VENV) build dist *.egg-info

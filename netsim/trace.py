@@ -15,7 +15,7 @@ DIGEST_BYTES = 16
 BATCH_LINES = 512
 """Lines that are joined before they are hashed: one call instead of many."""
 LINES_PER_STORY = 40
-TALK = ("data", "fin", "connect", "end")
+TALK = ("data", "fin", "dial", "open", "accept", "refused", "broken", "end")
 """What every host does all the time: of these a story has fewer lines, so that they don't drown the others."""
 TALK_PER_STORY = 12
 SESSIONS_AT_MOST = 4096

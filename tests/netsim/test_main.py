@@ -35,6 +35,44 @@ back_after_s = [0.5, 3.0]
 asked = {{ min = {asked_min} }}
 wrong = {{ max = 0 }}
 """
+NODES = """
+about = "Two servers share the blocks of a model, and a driver gets a text while one of the others comes and goes."
+duration_s = 120
+real_s_max = 60
+workload = "sessions.texts"
+[settings]
+texts = 1
+[hosts.boot]
+count = 1
+kind = "node"
+[hosts.boot.settings]
+serve = "none"
+[hosts.server]
+count = 2
+kind = "node"
+start_s = [1.0, 1.0]
+[hosts.server.settings]
+join = ["boot"]
+max_blocks = 6
+[hosts.driver]
+count = 1
+kind = "node"
+start_s = [1.0, 1.0]
+[hosts.driver.settings]
+join = ["boot"]
+serve = "none"
+[links]
+rtt_ms = [20.0, 120.0]
+loss = 0.01
+[[faults]]
+at_s = 5.0
+kind = "freeze"
+hosts = "boot"
+for_s = 5.0
+[checks]
+"texts.done" = { min = 1.0 }
+"texts.wrong" = { max = 0.0 }
+"""
 
 
 def netsim(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,14 +86,15 @@ def small(directory: Path, asked_min: int = 100) -> str:
     return str(file)
 
 
-def test_a_seed_has_the_same_hash_in_two_processes_with_two_hash_seeds(tmp_path: Path) -> None:
+def test_daemons_have_the_same_hash_in_two_processes_with_two_hash_seeds(tmp_path: Path) -> None:
     small(tmp_path)
+    (tmp_path / "nodes.toml").write_text(NODES)
     table = tmp_path / "made" / "table.md"
-    done = netsim("all", str(tmp_path), "--repeat", "small", "--seeds", "3:3", "--table", str(table))
+    done = netsim("all", str(tmp_path), "--repeat", "nodes", "--seeds", "3:3", "--table", str(table))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "each of 1 runs was the same in two processes with two PYTHONHASHSEEDs" in done.stdout
-    assert "2 runs, 0 failed" in done.stdout
-    assert table.read_text().count("| small | 1 | 1 |") == 2
+    assert "3 runs, 0 failed" in done.stdout
+    assert table.read_text().count("| nodes | 1 | 1 |") == 2
     assert done.stderr == ""
 
 
