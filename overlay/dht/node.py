@@ -317,6 +317,10 @@ class Dht:
         exact = self._table.get(target.id)
         return near if exact is None or exact.peer == asker else [exact, *near][: self.config.ksize]
 
+    def held(self, key: bytes) -> tuple[Record, ...]:
+        """What this node holds for others under a key."""
+        return self._store.get(key, self._now())
+
     def records_of(self, key: bytes) -> list[Record]:
         """What we publish and what we hold, merged."""
         merged: dict[RecordName, Record] = {}

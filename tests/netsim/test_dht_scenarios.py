@@ -1,0 +1,65 @@
+"""The DHT's scenarios in small: the same workloads and checks with few hosts, so that they run with every test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netsim.outcome import Outcome
+from netsim.runner import prepare, run_seed
+
+SCENARIOS = Path(__file__).parents[2] / "scenarios"
+
+
+def small(name: str, homes: int, seed: int = 1, **settings: Any) -> Outcome:
+    """One seed of a scenario with so many hosts in `home`, and other settings."""
+    prepared = prepare(SCENARIOS / f"{name}.toml")
+    hosts: Mapping[str, Any] = {
+        **prepared.scenario.hosts,
+        "home": replace(prepared.scenario.hosts["home"], count=homes),
+    }
+    scenario = replace(prepared.scenario, hosts=hosts, channel="null")
+    return run_seed(
+        replace(prepared, scenario=scenario, settings=replace(prepared.settings, **settings)), seed, is_timed=False
+    )
+
+
+def assert_good(outcome: Outcome, *but: str) -> None:
+    """No failure, and every check of the scenario holds, except those named: they are for its own size."""
+    broken = [check for check in outcome.checks if not check.holds and check.metric not in but]
+    assert (list(outcome.failures), broken) == ([], [])
+
+
+def test_hosts_with_wrong_clocks_find_what_dead_neighbours_and_set_clocks_would_hide() -> None:
+    outcome = small("dht-clocks", 22, records=6, finders=3, shared_keys=1, sharers=4, lookers_max=6, calm_s=70.0)
+    assert_good(outcome, "shared.records")
+
+
+def test_a_fifth_of_the_contacts_without_power_hold_up_nobody() -> None:
+    outcome = small("dht-dead-contacts", 37, records=8, finders=3)
+    assert_good(outcome)
+    assert outcome.numbers["lookup.silent.max"] >= 1
+
+
+def test_records_run_out_with_their_publishers_or_are_taken_back_at_once() -> None:
+    assert_good(small("dht-expiry", 17, keys=2, lookers=3, ttl_s=30.0, settle_s=10.0))
+
+
+def test_two_parts_of_a_network_grow_together_again() -> None:
+    assert_good(small("dht-partition", 17, keys=2, lookers=3, for_s=90.0, healed_s=130.0), "within.share")
+
+
+def test_liars_near_a_key_neither_store_nor_hide_anything() -> None:
+    outcome = small("dht-flood", 17, ids_tried=200, flood_s=12.0, publishers=2, lookers=3, settle_s=8.0)
+    assert_good(outcome, "offered", "liars.nearest")
+    assert outcome.numbers["offered"] > 100
+
+
+@pytest.mark.parametrize("seed", [3])
+def test_the_same_seed_tells_the_same_story(seed: int) -> None:
+    told = [small("dht-expiry", 9, seed, keys=1, lookers=2, ttl_s=10.0, settle_s=5.0).trace_hash for _ in range(2)]
+    assert told[0] == told[1]
