@@ -18,6 +18,8 @@ from overlay.stream import Stream
 
 READY_S = 60.0
 POLL_S = 0.01
+PERIODS = (0.7, 1.3)
+"""Of the time from one token to the next, as shares of the usual."""
 
 
 async def ready(world: World, machines: Sequence[Machine]) -> list[BarePeer]:
@@ -45,7 +47,7 @@ class BesideSettings:
 
     Attributes:
         to: the group whose first host takes the windows; ``bulk_to``: the one that takes the transfer.
-        sessions: decode streams, each with a window every ``every_s``.
+        sessions: decode streams, each with a window about every ``every_s``.
         alone_s: seconds of windows before the transfer begins, and after it has ended.
         late_s: the windows begin so long after the transfer, when the way is full of it.
     """
@@ -116,13 +118,14 @@ class Beside:
     async def _decode(self, sender: BarePeer, taker: BarePeer, number: int) -> None:
         told = self._settings
         stream = await sender.open(taker, DECODE)
-        await asyncio.sleep(told.every_s * number / told.sessions)
+        draws = self._world.random(f"windows of {number}")
+        await asyncio.sleep(told.every_s * draws.random())
         if told.late_s:
             await asyncio.sleep(told.alone_s + told.late_s)
         while not self._is_over:
             stream.write_nowait(window(told.window_bytes, asyncio.get_running_loop().time()))
             self._sent += 1
-            await asyncio.sleep(told.every_s)
+            await asyncio.sleep(told.every_s * draws.uniform(*PERIODS))
         await stream.close()
 
     async def _transfer(self, sender: BarePeer, taker: BarePeer) -> None:
