@@ -79,7 +79,7 @@ SELF_LOOKUP_LONELY_S = 10.0
 """While the table holds fewer than `KSIZE` contacts."""
 REFRESH_S = 3600.0
 """Each part of the id space, seen from us, is looked into this often (Kademlia, section 2.3), and once after joining."""
-REFRESH_RPCS_MAX = 6
+REFRESH_RPCS_MAX = 3
 """Such a look wants contacts there, not the closest."""
 CONTACT_FRESH_S = 900.0
 """A contact that was heard of within this time keeps its place in a full bucket without being asked."""

@@ -40,17 +40,17 @@ def test_hosts_with_wrong_clocks_find_what_dead_neighbours_and_set_clocks_would_
 
 
 def test_a_fifth_of_the_contacts_without_power_hold_up_nobody() -> None:
-    outcome = small("dht-dead-contacts", 37, records=8, finders=3)
+    outcome = small("dht-dead-contacts", 27, records=6, finders=3)
     assert_good(outcome)
     assert outcome.numbers["lookup.silent.max"] >= 1
 
 
 def test_records_run_out_with_their_publishers_or_are_taken_back_at_once() -> None:
-    assert_good(small("dht-expiry", 17, keys=2, lookers=3, ttl_s=30.0, settle_s=10.0))
+    assert_good(small("dht-expiry", 10, keys=1, lookers=3, ttl_s=30.0, settle_s=5.0))
 
 
 def test_two_parts_of_a_network_grow_together_again() -> None:
-    assert_good(small("dht-partition", 17, keys=2, lookers=3, for_s=90.0, healed_s=130.0), "within.share")
+    assert_good(small("dht-partition", 11, keys=1, lookers=3, for_s=80.0, healed_s=130.0), "within.share")
 
 
 def test_liars_near_a_key_neither_store_nor_hide_anything() -> None:
