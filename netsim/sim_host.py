@@ -11,6 +11,7 @@ import random  # noqa: TID251 - a seeded generator, never the global one
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netsim.fabric import FabricTransport
@@ -59,9 +60,9 @@ class SimHost:
     """Done when this incarnation is over."""
 
     @property
-    def disk_number(self) -> int:
-        """Which of this machine's disks it has: another after each loss of its state. For those who keep real files."""
-        return self.world.machines[self.name].disk.number
+    def directory(self) -> Path:
+        """For real files of this host: another after each loss of its state. It isn't made here."""
+        return self.world.directory / f"{self.name}-{self.world.machines[self.name].disk.number}"
 
     @property
     def listen_address(self) -> Multiaddr:

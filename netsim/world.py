@@ -13,9 +13,12 @@ import random  # noqa: TID251 - seeded generators, never the global one
 import traceback
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from netsim.fabric import Card, Fabric, Path
+from netsim.fabric import Card, Fabric
+from netsim.fabric import Path as Route
 from netsim.loop import HOST, VirtualLoop
 from netsim.nat import NatBox, site
 from netsim.peers import peer_class
@@ -32,7 +35,7 @@ EXECUTOR_DELAY_S = (0.0, 0.002)
 FAILURES_AT_MOST = 16
 MARKS_AT_MOST = 10_000
 Result = TypeVar("Result")
-ChoosePath = Callable[[str, str], Path]
+ChoosePath = Callable[[str, str], Route]
 """The path from one host to another, as the scenario draws it."""
 
 
@@ -80,6 +83,7 @@ class World:
         """When what befell whom: the first `MARKS_AT_MOST`."""
         self.failed = asyncio.Event()
         self._expected_errors = tuple(expected_errors)
+        self._directory: TemporaryDirectory[str] | None = None
         self._started_at = loop.time()
         self._generators: dict[str, random.Random] = {}
         self._groups: dict[str, list[Machine]] = {}
@@ -377,10 +381,19 @@ class World:
             self.failures.append(Failure(host, text))
         self.failed.set()
 
+    @property
+    def directory(self) -> Path:
+        """For real files, made when somebody asks; gone with the run. Its name differs from run to run: no trace may hold it."""
+        if self._directory is None:
+            self._directory = TemporaryDirectory(prefix="netsim-")
+        return Path(self._directory.name)
+
     def close(self) -> None:
         """Kill everything: the run is over."""
         for machine in self.machines.values():
             self.kill(machine)
+        if self._directory is not None:
+            self._directory.cleanup()
 
 
 def _told(error: BaseException) -> str:

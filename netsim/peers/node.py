@@ -206,7 +206,7 @@ def _config_of(host: SimHost, settings: NodeSettings) -> Config:
         start, _, end = settings.serve.partition(":")
         serve = Span(int(start), int(end))
     return Config(
-        Paths(NOWHERE / host.name, NOWHERE / "socket"),
+        Paths(host.directory, NOWHERE / "socket"),
         Network(_addresses(host, settings.join), (str(host.listen_address),)),
         Serving((settings.model,), serve, "cpu", "float32", max_blocks=settings.max_blocks),
     )

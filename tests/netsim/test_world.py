@@ -15,7 +15,7 @@ from netsim.loop import HOST, VirtualLoop
 from netsim.peers.echo import EchoPeer
 from netsim.sim_host import LISTEN_PORT
 from netsim.trace import Trace
-from netsim.world import Fabric, HostDied, Machine, Path, SimHost, State, World, generator
+from netsim.world import Fabric, HostDied, Machine, Route, SimHost, State, World, generator
 from overlay.errors import DialError
 from overlay.multiaddr import tcp_address
 
@@ -29,7 +29,7 @@ def in_world(work: Work, seed: int = 1, expected_errors: tuple[str, ...] = ()) -
     worlds: list[World] = []
 
     async def main() -> None:
-        path = Path(0.01)
+        path = Route(0.01)
         fabric = Fabric(trace, generator(seed, "fabric"), path)
         world = World(seed, loop, fabric, trace, lambda one, other: path, expected_errors=expected_errors)
         worlds.append(world)
@@ -181,6 +181,22 @@ def test_after_a_kill_and_a_restart_only_the_new_incarnation_speaks() -> None:
 
     in_world(work)
     assert Ticking.said == [(1, 1.0), (2, 2.5), (2, 3.5)]
+
+
+def test_real_files_go_with_the_disk_and_with_the_run() -> None:
+    found = []
+
+    async def work(world: World) -> None:
+        machine = world.add_host("m", "echo")
+        for keep_state in (True, True, False):
+            world.restart(machine, keep_state)
+            assert machine.host is not None
+            found.append(machine.host.directory)
+        found[0].mkdir()
+
+    in_world(work)
+    assert found[0] == found[1] != found[2]
+    assert not found[0].exists()
 
 
 def test_those_who_are_killed_are_refused_those_without_power_are_silent() -> None:
