@@ -210,6 +210,14 @@ class Fabric:
         for end in self._ends_between(source, target):
             end.cut_after = count
 
+    def reboot_boxes(self, name: str) -> None:
+        """The boxes in front of a machine were switched off and on: they swallow what was open through them."""
+        kernel = self._kernels[name]
+        for box in kernel.nat:
+            box.reset()
+        for end in kernel.ends.values():
+            end.nat_at = end.other.nat_at = 0.0
+
     def connection_count(self, name: str) -> int:
         """Connections that a machine's kernel has, those that are closing among them."""
         return len(self._kernels[name].ends)

@@ -12,15 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+from netsim import nat
 from netsim.metrics import Metrics
 from netsim.nat import SITES
-from netsim.peers.bare import BarePeer
+from netsim.peers.bare import ECHO, BarePeer
 from netsim.peers.raw import RawPeer, address_of
 from netsim.sim_host import LISTEN_PORT
 from netsim.workloads.streams import one_of, ready
 from netsim.world import Machine, World
+from overlay.connection import Connection
 from overlay.errors import PeerdError
 from overlay.multiaddr import Multiaddr, tcp_address
+from overlay.stream import Stream
 
 RAW = "raw-"
 SERVER = "server"
@@ -154,4 +157,76 @@ class Matrix:
             self._world.loop.call_soon(peer.close_all, server, context=context)
 
 
-WORKLOADS = {"matrix": Matrix}
+# --- connections that are quiet, boxes that forget ---
+
+
+@dataclass(frozen=True, slots=True)
+class IdleSettings:
+    """Streams through every box are quiet for ``quiet_s``, and used again; then the boxes are switched off and on."""
+
+    quiet_s: float = 10_800.0
+    patience_s: float = 120.0
+
+
+class Idle:
+    """Whether a quiet session outlives what its NAT remembers, and when both ends notice that a box forgot it."""
+
+    SETTINGS: ClassVar[type[IdleSettings]] = IdleSettings
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "kept.share": "of the streams that still carried after they were quiet",
+        "noticed_s": "seconds after the box was switched off until an end of the connection knew",
+        "unnoticed": "ends that never knew",
+        "back_s": "seconds from then until there was a new connection",
+    }
+
+    def __init__(self, world: World, settings: IdleSettings, metrics: Metrics) -> None:
+        self._world = world
+        self._settings = settings
+        self._metrics = metrics
+        metrics.count("unnoticed", 0)
+
+    async def run(self) -> None:
+        world = self._world
+        server = one_of(world, SERVER)
+        machines = [one_of(world, site) for site in SITES if world.group(site)]
+        hub, *peers = await ready(world, (server, *machines))
+        works = [self._one(machine, peer, server, hub) for machine, peer in zip(machines, peers, strict=True)]
+        kept = await asyncio.gather(*works)
+        self._metrics.put("kept.share", sum(kept) / len(kept))
+
+    async def _one(self, machine: Machine, peer: BarePeer, server: Machine, hub: BarePeer) -> bool:
+        world = self._world
+        stream = await world.on(machine, peer.open(hub, ECHO))
+        before = await world.on(machine, _echoes(stream))
+        await asyncio.sleep(self._settings.quiet_s)
+        kept = before and await world.on(machine, _echoes(stream))
+        ends = (peer.overlay.connection(hub.peer_id), hub.overlay.connection(peer.peer_id))
+        world.fabric.reboot_boxes(machine.name)
+        began_s = world.now_s
+        if machine.group != nat.NatKind.OPEN.value:
+            await asyncio.gather(*(self._notice(end, began_s, machine.name) for end in ends if end is not None))
+        await world.on(machine, peer.connect(hub))
+        self._metrics.observe("back_s", world.now_s - began_s, of=machine.name)
+        return kept
+
+    async def _notice(self, end: Connection, began_s: float, name: str) -> None:
+        try:
+            async with asyncio.timeout(self._settings.patience_s):
+                await end.wait_closed()
+        except TimeoutError:
+            self._metrics.count("unnoticed", of=name)
+            return
+        self._metrics.observe("noticed_s", self._world.now_s - began_s, of=name)
+
+
+async def _echoes(stream: Stream) -> bool:
+    """Whether what is written comes back."""
+    try:
+        await stream.write(b"still there?")
+        async with asyncio.timeout(10.0):
+            return await stream.read_exactly(12) == b"still there?"
+    except (PeerdError, TimeoutError):
+        return False
+
+
+WORKLOADS = {"matrix": Matrix, "idle": Idle}

@@ -64,3 +64,12 @@ def test_garbage_at_every_layer_ends_typed_and_harms_nobody_else() -> None:
 
 def test_behind_each_kind_of_nat_those_are_met_that_the_known_matrix_says() -> None:
     passed("nat-matrix", 2)
+
+
+def test_quiet_streams_outlive_what_boxes_remember_and_both_ends_notice_a_box_that_forgot() -> None:
+    passed("nat-idle", quiet_s=900.0)
+
+
+def test_any_path_and_uplink_leaves_tokens_their_way() -> None:
+    for seed in (3, 5):
+        passed("stream-decode-many-paths", seed, bulk_bytes=4 << 20, alone_s=1.0)
