@@ -9,13 +9,15 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from overlay.dht import limits
 from overlay.dht.node import Dht, DhtConfig
 from overlay.dht.records import encode_records, seal_record
-from overlay.errors import PeerdError
+from overlay.dht.table import Contact
+from overlay.errors import DialError, PeerdError
 from overlay.host import Host
 from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call
-from tests.overlay.network import LOOPBACK, identity, system_ports
+from tests.overlay.network import LOOPBACK, identity, system_ports, until
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 
@@ -170,3 +172,39 @@ def test_nothing_reads_a_clock_or_draws_but_through_the_ports(monkeypatch: pytes
         await until_values(nodes[6], [])
 
     run_nodes(8, scene)
+
+
+def test_a_server_that_asks_is_known_by_what_it_says_it_speaks_without_a_question_back() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        asked, asker, client = nodes
+        calls = asked.statistics().calls
+        await until(lambda: {peer for peer, _ in asked.known_peers()} == {hosts[1].peer_id})
+        assert asked.statistics().calls == calls
+        assert asker.ready and client.ready
+
+    run_nodes(3, scene, clients=1)
+
+
+def test_a_contact_that_vanished_is_tried_again_and_its_neighbourhood_looked_at() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        one, other = nodes[0], Contact(hosts[1].peer_id, hosts[1].addresses)
+        await until(lambda: one.ready)
+        one.call_ended(other, DialError("It is dark there."))
+        assert not one.ready
+        one.upkeep(hosts[0].ports.clock.now() + limits.LOST_RETRY_S + 1)
+        await until(lambda: one.ready)
+
+    run_nodes(2, scene)
+
+
+def test_what_could_not_be_dialled_a_moment_ago_does_not_come_in_by_asking() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        one, book = nodes[0], hosts[0].address_book
+        await until(lambda: one.ready)
+        one.call_ended(Contact(hosts[1].peer_id), DialError("It is dark there."))
+        for address in book.addresses(hosts[1].peer_id, hosts[0].ports.clock.now()):
+            book.failed(address, hosts[0].ports.clock.now() + limits.LOST_RETRY_S)
+        one.heard_from(hosts[1].peer_id)
+        assert not one.ready
+
+    run_nodes(2, scene)

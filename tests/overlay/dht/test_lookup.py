@@ -1,0 +1,84 @@
+"""Lookups among nodes that answer late or never, in virtual time: nobody is waited for who isn't needed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kademlia.node import Node
+
+from netsim.loop import run
+from overlay.dht import limits
+from overlay.dht.lookup import Found, NodeLookup
+from overlay.dht.table import Contact
+from tests.overlay.network import identity
+
+TARGET = Contact(identity(5000).peer_id)
+ANSWER_S = 0.1
+RPC_S = limits.RPC_DIAL_TIMEOUT_S
+
+
+class Crowd:
+    """Nodes that know each other; the dead ones say nothing until the call is given up."""
+
+    def __init__(self, count: int, dead_every: int = 0, slow_s: float = ANSWER_S) -> None:
+        self.contacts = [Contact(identity(number).peer_id) for number in range(1, count + 1)]
+        self.contacts.sort(key=TARGET.distance_to)
+        self.dead = {contact.id: None for contact in (self.contacts[::dead_every] if dead_every else ())}
+        self._slow_s = slow_s
+
+    async def call_find_node(self, contact: Contact, target: Node) -> Found | None:
+        if contact.id in self.dead:
+            await asyncio.sleep(RPC_S)
+            return None
+        await asyncio.sleep(self._slow_s)
+        return Found(tuple(self.contacts[: limits.KSIZE]))
+
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
+        raise AssertionError("nobody looks for values here")
+
+
+def looked(
+    crowd: Crowd, start: int = 3, requests_max: int = limits.LOOKUP_RPCS_MAX
+) -> tuple[NodeLookup, list[Contact]]:
+    async def main() -> tuple[NodeLookup, list[Contact]]:
+        lookup = NodeLookup(crowd, TARGET, crowd.contacts[-start:], limits.KSIZE, b"own", requests_max)
+        return lookup, await lookup.find()
+
+    return run(main())
+
+
+def test_the_closest_are_found_from_the_farthest() -> None:
+    crowd = Crowd(60)
+    lookup, found = looked(crowd)
+    assert found == crowd.contacts[: limits.KSIZE]
+    assert lookup.report.hops == 2
+    assert lookup.passed_over() == []
+
+
+def test_dead_nodes_among_the_closest_cost_patience_and_not_their_timeouts() -> None:
+    crowd = Crowd(60, dead_every=5)
+    lookup, found = looked(crowd, start=30)
+    assert [contact.id for contact in found if contact.id in crowd.dead] == []
+    assert len(found) == limits.KSIZE
+    assert lookup.report.took_s < RPC_S
+    assert 0 < len(lookup.passed_over()) <= len(crowd.dead)
+
+
+def test_in_a_network_of_few_the_silent_are_waited_for_but_not_to_the_end() -> None:
+    crowd = Crowd(5, dead_every=4)
+    lookup, found = looked(crowd, start=5)
+    assert len(found) == 3
+    assert limits.PATIENCE_MIN_S < lookup.report.took_s <= 2 * limits.PATIENCE_MAX_S
+
+
+def test_where_everybody_is_slow_nobody_is_taken_for_dead() -> None:
+    crowd = Crowd(30, slow_s=1.8)
+    _, found = looked(crowd)
+    nearest = {contact.id: None for contact in crowd.contacts[: limits.KSIZE]}
+    assert len(found) == limits.KSIZE
+    assert sum(contact.id in nearest for contact in found) >= limits.KSIZE * 3 // 4
+
+
+def test_a_look_with_few_requests_asks_no_more() -> None:
+    lookup, _ = looked(Crowd(60), requests_max=3)
+    assert lookup.requests == 3
