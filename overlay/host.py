@@ -377,7 +377,7 @@ class Host:
                     listener(connection)
         if connection.is_inbound or connection.is_first_meeting:
             self._ask_who(connection)
-        if len(self._connections) > limits.CONNECTIONS_IDLE_MAX:
+        if len(self._connections) > limits.CONNECTIONS_EASY:
             self._leave_idle(now)
 
     def _ask_who(self, connection: Connection) -> None:

@@ -1,7 +1,7 @@
 """Which of the open connections are no longer worth holding. Pure.
 
 A connection is *quiet* while it carries no stream and nobody on this side keeps it; a ping from the peer, who may be keeping it, counts
-as use. Quiet ones are left after `CONNECTION_IDLE_S`; while more than `CONNECTIONS_IDLE_MAX` are open after `SURPLUS_IDLE_S` already,
+as use. Quiet ones are left after `CONNECTION_IDLE_S`; while more than `CONNECTIONS_EASY` are open after `SURPLUS_IDLE_S` already,
 the longest quiet first. Those in use are never left, however many they are.
 """
 
@@ -20,7 +20,7 @@ def to_leave(quiet_since: Sequence[float], open_count: int, now: float) -> list[
         open_count: How many are open in all, quiet or not.
         now: This moment.
     """
-    surplus = open_count - limits.CONNECTIONS_IDLE_MAX
+    surplus = open_count - limits.CONNECTIONS_EASY
     order = sorted(range(len(quiet_since)), key=lambda index: quiet_since[index])
     return [
         index

@@ -15,7 +15,7 @@ from tests.overlay.network import run_hosts, until
 
 ECHO = "/test/echo/1"
 ASK = "/test/ask/1"
-MANY = limits.CONNECTIONS_IDLE_MAX
+MANY = limits.CONNECTIONS_EASY
 
 
 async def echo(stream: Stream) -> None:
