@@ -49,6 +49,7 @@ class BesideSettings:
         to: the group whose first host takes the windows; ``bulk_to``: the one that takes the transfer.
         sessions: decode streams, each with a window about every ``every_s``.
         alone_s: seconds of windows before the transfer begins, and after it has ended.
+        is_prompt: the transfer goes over a stream for decoding, as prompts do.
         late_s: the windows begin so long after the transfer, when the way is full of it.
     """
 
@@ -59,6 +60,7 @@ class BesideSettings:
     window_bytes: int = 16 << 10
     every_s: float = 0.1
     alone_s: float = 2.0
+    is_prompt: bool = False
     late_s: float = 0.0
     bulk_bytes: int = 16 << 20
     bulks: int = 1
@@ -93,7 +95,7 @@ class Beside:
         sender, taker, bulk_taker = await ready(world, (source, target, bulk_target))
         delay_s = world.choose_path(source.name, target.name).delay_s
         taker.on_window = bulk_taker.on_window = lambda protocol, length, seconds: self._took(
-            protocol, seconds - delay_s, target.name
+            length, seconds - delay_s, target.name
         )
         async with asyncio.TaskGroup() as tasks:
             for number in range(told.sessions):
@@ -129,13 +131,13 @@ class Beside:
         await stream.close()
 
     async def _transfer(self, sender: BarePeer, taker: BarePeer) -> None:
-        stream = await sender.open(taker, BULK)
-        await stream.write(window(self._settings.bulk_bytes, asyncio.get_running_loop().time()))
+        stream = await sender.open(taker, DECODE if self._settings.is_prompt else BULK)
+        stream.write_nowait(window(self._settings.bulk_bytes, asyncio.get_running_loop().time()))
         await self._bulk_ended
         await stream.close()
 
-    def _took(self, protocol: str, seconds: float, name: str) -> None:
-        if protocol == BULK:
+    def _took(self, length: int, seconds: float, name: str) -> None:
+        if length == self._settings.bulk_bytes:
             if not self._bulk_ended.done():
                 self._bulk_ended.set_result(seconds)
             return
