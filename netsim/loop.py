@@ -41,6 +41,9 @@ FULL_COLLECTION_CALLBACKS = 2_000_000
 CANCELLED_TIMERS_MIN = 1_000
 """Fewer cancelled timers than this are left lying in the heap until their time."""
 
+CLEAN_UPS_MAX = 8
+"""The dead's clean-ups begin tasks, whose clean-ups may begin some."""
+
 FAILURES_MAX = 1_000
 """Failures after these are not kept: the run has failed."""
 
@@ -292,19 +295,34 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def close(self) -> None:
         """As the base loop; the dead are taken apart first, where nothing they do has an effect."""
         if not self.is_running() and not self.is_closed():
-            buried, self._buried = self._buried, []
             known = len(self.failures)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what their clean-up begins is never awaited, and must not be
-                for task in buried:
-                    take_apart(task)
-                self._due.clear()
-                self._timers.clear()
-                if buried:
-                    del task, buried
-                    gc.collect()
+                asyncio._set_running_loop(self)  # or what they begin would make itself a loop of the real kind
+                try:
+                    self._take_apart_dead()
+                finally:
+                    asyncio._set_running_loop(None)
             del self.failures[known:]
         super().close()
+
+    def _take_apart_dead(self) -> None:
+        buried, self._buried = self._buried, []
+        dead: list[asyncio.Task[Any]] = buried
+        for _ in range(CLEAN_UPS_MAX):
+            for task in dead:
+                take_apart(task)
+            if not dead:
+                break
+            dead = [task for task in asyncio.all_tasks(self) if not task.done()]  # begun by what was just taken apart
+            for task in dead:
+                asyncio.tasks._unregister_task(task)
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+        self._due.clear()
+        self._timers.clear()
+        if buried:
+            del buried, dead, task
+            gc.collect()
 
     # --- errors ---
 
