@@ -15,6 +15,8 @@ from typing import Any, ClassVar, cast
 from netsim.metrics import Metrics
 from netsim.peers.dht import DhtPeer
 from netsim.world import HostDied, Machine, World
+from overlay.dht.records import Record
+from overlay.identity import PeerId
 from overlay.limits import CONNECTIONS_IDLE_MAX
 
 SAMPLE_S = 5.0
@@ -63,6 +65,7 @@ class Field:
         self._asked = 0
         self._found = 0
         self._settled_at = float("inf")
+        self._published: dict[bytes, tuple[bytes, PeerId]] = {}
         for name in ("asked", "wrong", "connections.over"):
             metrics.count(name, 0)
 
@@ -112,7 +115,9 @@ class Field:
 
     def record(self, machine: Machine, key: bytes, ttl_s: float = TTL_S) -> tuple[Published, float]:
         """A record of that host's under ``key``."""
-        return Published(key, b"s", f"{machine.name} {self.draws.random()!r}".encode(), machine.name), ttl_s
+        value = f"{machine.name} {self.draws.random()!r}".encode()
+        self._published[value] = (key, peer_of(machine).identity.peer_id)
+        return Published(key, b"s", value, machine.name), ttl_s
 
     async def publish(self, machine: Machine, key: bytes, ttl_s: float = TTL_S) -> Published | None:
         """Publish a record there; None when the host died meanwhile."""
@@ -137,7 +142,7 @@ class Field:
             return True  # nobody looked
         values = {record.value: None for record in found}
         missing = [record for record in wanted if record.value not in values]
-        wrong = [value for value in values if value in gone or not value]
+        wrong = [record for record in found if record.value in gone or not self._is_published(record)]
         self._asked += 1
         self._found += not missing
         self.metrics.count("asked")
@@ -150,6 +155,10 @@ class Field:
             self.metrics.observe("lookup.silent", peer.lookup.failures, of=machine.name)
         self.world.trace.add("looked", machine.name, f"{key.hex()} {len(found)} missing {len(missing)}")
         return not missing
+
+    def _is_published(self, record: Record) -> bool:
+        """Whether somebody published it so: this value, under this key, by the peer that it names."""
+        return self._published.get(record.value) == (record.key, record.publisher)
 
     async def at_once(self, works: Sequence[Callable[[], Awaitable[Any]]], count: int = AT_ONCE) -> list[Any]:
         """Do all of it, so many at a time; what came of each, in order."""

@@ -29,6 +29,8 @@ from overlay.rpc.unary import call
 DHT = "/peerd/dht/1"
 CALL_S = 3.0
 STORES_PER_ROUND = 40
+FORGED_OF_ONE_S_OWN = 4
+"""Under the liar's own name, each new to whoever is offered it: a holder that didn't look at the signature would store them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Flood:
                 continue
             bad = sum(not _is_genuine(record) for record in found)
             self._metrics.count("forged.returned", bad, of=machine.name if bad else "")
+            self._world.trace.note(machine.name, f"found {len(found)} records under the key, {bad} of them forged")
 
     # --- the liars ---
 
@@ -161,7 +164,7 @@ class Flood:
                 continue
 
     def _lot(self, identity: Identity) -> list[Record | bytes]:
-        """Forged, oversized, outlived, replayed under another name, garbage; and genuine ones without number."""
+        """Forged, oversized, outlived, under another's name, garbage; and genuine ones without number."""
         draws, key = self._field.draws, self._key
         genuine = [
             seal_record(identity, key, draws.randbytes(8), draws.randrange(1, 2**40), 3600, draws.randbytes(900))
@@ -182,7 +185,8 @@ class Flood:
             draws.randbytes(200),
             b"",
         ]
-        return [*genuine, *lies]
+        own = [replace(first, subkey=draws.randbytes(8)) for _ in range(FORGED_OF_ONE_S_OWN)]
+        return [*own, *lies, *genuine]  # before the genuine ones have used up what a peer may store in a minute
 
     # --- the judgement ---
 
@@ -194,6 +198,7 @@ class Flood:
             held = dht.held(self._key)
             bad = sum(not _is_genuine(record) for record in held)
             self._metrics.count("forged.held", bad, of=machine.name if bad else "")
+            self._world.trace.note(machine.name, f"holds {len(held)} records under the key, {bad} of them forged")
             publishers: dict[bytes, int] = {}
             for record in held:
                 publishers[record.publisher.multihash] = publishers.get(record.publisher.multihash, 0) + 1
