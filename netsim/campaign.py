@@ -59,7 +59,11 @@ def run_parts(parts: Sequence[Part], jobs: int, plots: str = "", *, is_timed: bo
         names = ", ".join(f"{Path(task.file).stem} seed {task.seed}" for task in running[:3])
         progress.show(math.fsum(task.real_s_max for task in done) / total_s, f"{len(done)} done; {names}")
 
-    outcomes = run_all([task for _, task in tasks], jobs, on_change)
+    def on_done(task: Task, outcome: Outcome) -> None:
+        verdict = "ok    " if outcome.passed else "FAILED"
+        progress.say(f"{verdict} {Path(task.file).stem}, seed {task.seed}: {outcome.real_s:.1f} s of a core")
+
+    outcomes = run_all([task for _, task in tasks], jobs, on_change, on_done)
     progress.clear()
     found: list[dict[int, list[Outcome]]] = [{} for _ in parts]
     for (index, task), outcome in zip(tasks, outcomes, strict=True):

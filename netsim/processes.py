@@ -35,6 +35,7 @@ class Task:
 
 
 OnChange = Callable[[Sequence[Task], Sequence[Task]], None]
+OnDone = Callable[[Task, Outcome], None]
 
 
 def run_process(task: Task) -> Outcome:
@@ -60,8 +61,11 @@ def run_process(task: Task) -> Outcome:
         return Outcome.of_dead_process(name, task.file, task.seed, f"the process ended with {done.returncode}:\n{said}")
 
 
-def run_all(tasks: Sequence[Task], jobs: int, on_change: OnChange) -> list[Outcome]:
-    """Every task, ``jobs`` at a time; outcomes in the order of the tasks. ``on_change`` hears what is done and what runs."""
+def run_all(tasks: Sequence[Task], jobs: int, on_change: OnChange, on_done: OnDone) -> list[Outcome]:
+    """Every task, ``jobs`` at a time; outcomes in the order of the tasks.
+
+    ``on_change`` hears now and then what is done and what runs, ``on_done`` of each task that ended.
+    """
     outcomes: dict[int, Outcome] = {}
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         futures: dict[Future[Outcome], int] = {}
@@ -70,7 +74,9 @@ def run_all(tasks: Sequence[Task], jobs: int, on_change: OnChange) -> list[Outco
             left = set(futures)
             while left:
                 done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
-                outcomes |= {futures[future]: future.result() for future in done}
+                for index, outcome in sorted(((futures[one], one.result()) for one in done), key=lambda pair: pair[0]):
+                    outcomes[index] = outcome
+                    on_done(tasks[index], outcome)
                 running = [tasks[futures[one]] for one in futures if one in left and one.running()]
                 on_change([tasks[index] for index in outcomes], running)
         except BaseException:

@@ -39,6 +39,12 @@ class Progress:
         self._stream.flush()
         self._width = len(line)
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar; a file gets it too."""
+        self.clear()
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
     def clear(self) -> None:
         if self._is_drawn and self._width:
             self._stream.write("\r" + " " * self._width + "\r")
