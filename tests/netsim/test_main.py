@@ -95,7 +95,9 @@ def test_daemons_have_the_same_hash_in_two_processes_with_two_hash_seeds(tmp_pat
     assert "each of 1 runs was the same in two processes with two PYTHONHASHSEEDs" in done.stdout
     assert "3 runs, 0 failed" in done.stdout
     assert table.read_text().count("| nodes | 1 | 1 |") == 2
-    assert done.stderr == ""
+    told = done.stderr.splitlines()
+    assert len(told) == 4, "each run says that it ended, and no bar is drawn into a pipe"
+    assert all(line.startswith("ok ") for line in told)
 
 
 def test_a_failed_check_exits_1_with_the_story_and_the_command_and_ends_with_the_hash(tmp_path: Path) -> None:
