@@ -88,11 +88,15 @@ def _file(named: str) -> Path:
     return listed if not path.exists() and listed.exists() else path
 
 
-def _list(directory: Path) -> int:
+def _scenarios_in(directory: Path) -> list[Path]:
     files = sorted(file for file in directory.glob("*") if file.suffix in (".toml", ".py"))
     if not files:
-        print(f"netsim: there are no scenarios in {directory}", file=sys.stderr)
-        return 2
+        raise ScenarioError(f"there are no scenarios in {directory}")
+    return files
+
+
+def _list(directory: Path) -> int:
+    files = _scenarios_in(directory)
     rows = [("scenario", "hosts", "virtual time", "about")]
     for file in files:
         scenario = load_scenario(file)
@@ -105,6 +109,7 @@ def _list(directory: Path) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     prepared = [prepare(_file(named)) for named in given.files]
+    _make_room(given.table)
     seeds: Sequence[int] = given.seeds if given.seeds is not None else (1 if given.seed is None else given.seed,)
     if given.json:
         outcome = run_seed(prepared[0], seeds[0], is_timed=not given.any_speed)
@@ -122,8 +127,8 @@ def _run_here(prepared: Prepared, seed: int, given: argparse.Namespace) -> int:
 
     def on_progress(share: float, events: int) -> None:
         took_s = time.perf_counter() - began
-        left = f", {duration_said(took_s / share - took_s)} left" if share > 0 else ""
-        progress.show(share, f"{events:,} callbacks in {duration_said(took_s)}{left}")
+        left = f"{duration_said(took_s / share - took_s)} left, " if share > 0 else ""
+        progress.show(share, f"{left}{events:,} callbacks")  # what is left comes first: it has to fit a line of 80
 
     outcome = run_seed(prepared, seed, on_progress, print if given.verbose else None, is_timed=not given.any_speed)
     progress.clear()
@@ -149,7 +154,8 @@ def _run_many(prepared: Sequence[Prepared], seeds: Sequence[int], given: argpars
 def _all(given: argparse.Namespace) -> int:
     """Every scenario of a directory with one seed, and some seeds of one scenario twice each; one table for all."""
     directory = Path(given.directory)
-    files = sorted(file for file in directory.iterdir() if file.suffix in (".toml", ".py"))
+    files = _scenarios_in(directory)
+    _make_room(given.table)
     prepared = [prepare(file) for file in files]
     parts = [Part(one, (1,), False) for one in prepared]
     if given.repeat:
@@ -181,11 +187,20 @@ def _draw(prepared: Prepared, outcome: Outcome, directory: str) -> None:
             print(f"drew {file}", file=sys.stderr)
 
 
+def _make_room(file: str) -> None:
+    """For a table, before anything runs: hours later it would be too late to hear that it can't be written."""
+    if not file:
+        return
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ScenarioError(f"--table: {file} can't be written ({error.strerror})") from error
+
+
 def _write_table(groups: Sequence[Sequence[Outcome]], file: str) -> None:
     if file:
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(markdown_table(groups)) + "\n", encoding="utf-8")
+        Path(file).write_text("\n".join(markdown_table(groups)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

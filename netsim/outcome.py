@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ class Outcome:
     @property
     def replay(self) -> str:
         """The command that runs this again."""
-        return f"python -m netsim run {self.file} --seed {self.seed}"
+        return f"python -m netsim run {shlex.quote(self.file)} --seed {self.seed}"
 
     def to_json(self) -> str:
         """One line, without series and observations."""

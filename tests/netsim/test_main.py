@@ -121,3 +121,15 @@ def test_the_list_names_every_scenario_of_the_tree() -> None:
     assert done.returncode == 0, done.stderr
     for file in (ROOT / "scenarios").glob("*.toml"):
         assert f"\n{file.stem} " in done.stdout
+
+
+def test_what_cannot_be_run_or_written_is_said_in_a_sentence_before_anything_runs(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    for arguments, said in (
+        (("all", str(nothing)), f"there are no scenarios in {nothing}"),
+        (("list", str(nothing / "none")), f"there are no scenarios in {nothing / 'none'}"),
+        (("run", small(tmp_path), "--table", str(nothing)), f"--table: {nothing} can't be written (Is a directory)"),
+    ):
+        done = netsim(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"netsim: {said}\n")
