@@ -54,6 +54,8 @@ class Trace(Protocol):
 
     def add(self, kind: str, host: str, text: str) -> None: ...
 
+    def data(self, host: str, source: str, count: int, checksum: int) -> None: ...
+
 
 class Line:
     """A card's one direction, or a router: one thing at a time passes."""
@@ -320,14 +322,14 @@ class Wire:
             return
         else:
             other.arrived_bytes += count
-            self.trace.add("data", there.name, f"{here.name} {count} {crc32(payload):08x}")  # type: ignore[arg-type]
+            self.trace.data(there.name, here.name, count, crc32(payload))  # type: ignore[arg-type]
         other.receive(payload, late)
 
     def _cut_here(self, end: FabricConnection, other: FabricConnection, payload: bytes | memoryview) -> None:
         allowed = max(0, (end.cut_after or 0) - other.arrived_bytes)
         if allowed:
             other.arrived_bytes += allowed
-            self.trace.add("data", other.kernel.name, f"{end.kernel.name} {allowed} {crc32(payload[:allowed]):08x}")
+            self.trace.data(other.kernel.name, end.kernel.name, allowed, crc32(payload[:allowed]))
             other.receive(payload[:allowed], 0.0)
         self.reset(end)
 

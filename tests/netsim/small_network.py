@@ -21,6 +21,9 @@ class Lines:
     def add(self, kind: str, host: str, text: str) -> None:
         self.lines.append(f"{asyncio.get_running_loop().time():.9f} {kind} {host} {text}")
 
+    def data(self, host: str, source: str, count: int, checksum: int) -> None:
+        self.add("data", host, f"{source} {count} {checksum:08x}")
+
 
 class SmallNetwork:
     """Hosts come to be when they are first named."""

@@ -105,9 +105,29 @@ def test_bytes_on_the_wire_do_not_drown_what_else_happened_to_a_host() -> None:
     trace.add("fault", "a", "kill")
     for _ in range(10 * LINES_PER_STORY):
         hand.at_s += 1
-        trace.add("data", "a", "b 5 00000000")
+        trace.data("a", "b", 5, 0)
     hand.at_s += 1
     trace.add("fault", "a", "start 2")
     story = trace.story("a")
     assert len(story) == TALK_PER_STORY + 2
     assert (story[0].split()[1:], story[-1].split()[1:]) == (["fault", "a", "kill"], ["fault", "a", "start", "2"])
+
+
+def test_a_line_of_bytes_is_told_in_words_and_hashed_with_its_checksum() -> None:
+    one, other = Trace(Hand().now), Trace(Hand().now)
+    heard: list[str] = []
+    one.listener = heard.append
+    one.data("a", "b", 5, 0xABC)
+    other.data("a", "b", 5, 0xABD)
+    assert one.hexdigest() != other.hexdigest()
+    assert heard == ["1000.0 data a b 5 00000abc"]
+    assert one.story("a") == ("    0.000000  data a b 5 00000abc",)
+
+
+def test_words_that_move_between_the_fields_of_a_line_give_another_hash() -> None:
+    digests = []
+    for line in (("a", "b", "c d"), ("a", "b c", "d"), ("a", "c", "b d")):
+        trace = Trace(Hand().now)
+        trace.add(*line)
+        digests.append(trace.hexdigest())
+    assert len(set(digests)) == 3
