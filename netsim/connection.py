@@ -44,7 +44,6 @@ class FabricConnection(asyncio.Transport):
     """See the module."""
 
     __slots__ = (
-        "_buffer",
         "_closing",
         "_conn_lost",
         "_drain_scheduled",
@@ -58,6 +57,7 @@ class FabricConnection(asyncio.Transport):
         "accept",
         "ack_armed",
         "arrived_bytes",
+        "backlog",
         "context",
         "cut_after",
         "draws",
@@ -121,7 +121,8 @@ class FabricConnection(asyncio.Transport):
         self.has_fin = False
         self.error: OSError | None = None
         self._protocol: asyncio.BufferedProtocol | None = None
-        self._buffer: bytearray | None = None
+        self.backlog: bytearray | None = None
+        """What the kernel has had no room for yet: the transport's own write buffer."""
         self._high, self._low = WRITE_HIGH_WATER_BYTES, WRITE_HIGH_WATER_BYTES // 4
         self._writing_paused = self._reading_paused = self._closing = self._eof = self._conn_lost = False
         self._drain_scheduled = self._writer_scheduled = False
@@ -148,8 +149,8 @@ class FabricConnection(asyncio.Transport):
             raise RuntimeError("Cannot call write() after write_eof()")
         if self._conn_lost or not data:
             return
-        if self._buffer:
-            self._buffer += data
+        if self.backlog:
+            self.backlog += data
             self._maybe_pause()
             return
         if self.error is not None:
@@ -165,16 +166,16 @@ class FabricConnection(asyncio.Transport):
             view = memoryview(data)
             if room:
                 flow.queue(bytes(view[:room]))
-            self._buffer = bytearray(view[room:])
+            self.backlog = bytearray(view[room:])
         self.wire.send(self)
-        if self._buffer:
+        if self.backlog:
             self._maybe_pause()
 
     def write_eof(self) -> None:
         if self._closing or self._eof:
             return
         self._eof = True
-        if not self._buffer:
+        if not self.backlog:
             self._shut()
 
     def can_write_eof(self) -> bool:
@@ -191,7 +192,7 @@ class FabricConnection(asyncio.Transport):
         self._maybe_pause()
 
     def get_write_buffer_size(self) -> int:
-        return len(self._buffer) if self._buffer is not None else 0
+        return len(self.backlog) if self.backlog is not None else 0
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
         return self._low, self._high
@@ -214,7 +215,7 @@ class FabricConnection(asyncio.Transport):
         if self._closing:
             return
         self._closing = True
-        if not self._buffer:
+        if not self.backlog:
             self._conn_lost = True
             self.wire.loop.call_soon(self._lost, None)
 
@@ -235,7 +236,7 @@ class FabricConnection(asyncio.Transport):
             self._fatal(error)
 
     def _maybe_pause(self) -> None:
-        if self._writing_paused or self._buffer is None or len(self._buffer) <= self._high or self._protocol is None:
+        if self._writing_paused or self.backlog is None or len(self.backlog) <= self._high or self._protocol is None:
             return
         self._writing_paused = True
         self._call(self._protocol.pause_writing, "pause_writing")
@@ -253,7 +254,7 @@ class FabricConnection(asyncio.Transport):
     def _write_ready(self) -> None:
         """The kernel has room again."""
         self._writer_scheduled = False
-        buffer = self._buffer
+        buffer = self.backlog
         if self._conn_lost or not buffer:
             return
         if self.error is not None:
@@ -264,12 +265,12 @@ class FabricConnection(asyncio.Transport):
             self.flow.queue(bytes(buffer[:room]))
             del buffer[:room]
         if not buffer:
-            self._buffer = None
+            self.backlog = None
         self.wire.send(self)
         if self._writing_paused and len(buffer) <= self._low and self._protocol is not None:
             self._writing_paused = False
             self._call(self._protocol.resume_writing, "resume_writing")
-        if self._buffer:
+        if self.backlog:
             self.wake_writer()
         elif self._closing:
             self._conn_lost = True
@@ -291,7 +292,7 @@ class FabricConnection(asyncio.Transport):
     def _force_close(self, error: BaseException | None) -> None:
         if self._conn_lost:
             return
-        self._buffer = None
+        self.backlog = None
         self._closing = self._conn_lost = True
         self.wire.loop.call_soon(self._lost, error)
 
@@ -346,19 +347,19 @@ class FabricConnection(asyncio.Transport):
         """Hand bytes to the protocol, at most as many at a time as its buffer holds."""
         left = data
         try:
-            while self._protocol is not None:
-                buffer: Any = self._protocol.get_buffer(-1)
+            while (protocol := self._protocol) is not None:
+                buffer: Any = protocol.get_buffer(-1)
                 count = len(left)
                 if count <= len(buffer):
                     buffer[:count] = left
-                    self._protocol.buffer_updated(count)
+                    protocol.buffer_updated(count)
                     return
                 count = len(buffer)
                 if not count:
                     raise RuntimeError("get_buffer() returned an empty buffer")
                 left = memoryview(left)
                 buffer[:count] = left[:count]
-                self._protocol.buffer_updated(count)
+                protocol.buffer_updated(count)
                 left = left[count:]
                 if self._closing or self._reading_paused:
                     self.inbox.insert(0, left)
@@ -384,11 +385,6 @@ class FabricConnection(asyncio.Transport):
 
     # --- the kernel's side: only from the world's own timers ---
 
-    @property
-    def has_backlog(self) -> bool:
-        """Whether the transport waits for room in the kernel."""
-        return self._buffer is not None
-
     def receive(self, payload: Payload, late_s: float) -> None:
         """Bytes, or their end, came in order; ``late_s`` is how long a hole before them takes to fill."""
         loop = self.wire.loop
@@ -398,9 +394,9 @@ class FabricConnection(asyncio.Transport):
         if (
             self.inbox
             or self._reading_paused
-            or self.held_until > loop.now_s
             or self._drain_scheduled
             or payload is FIN
+            or self.held_until > loop.now_s
             or (loop.is_watching and loop.is_frozen(self.kernel.name))
         ):
             self.has_fin = self.has_fin or payload is FIN
@@ -421,7 +417,7 @@ class FabricConnection(asyncio.Transport):
 
     def wake_writer(self) -> None:
         """The kernel can take more; the application's loop hears of it at its next turn."""
-        if self._buffer and not self._writer_scheduled and self.flow.is_writable:
+        if self.backlog and not self._writer_scheduled and self.flow.is_writable:
             self._writer_scheduled = True
             self.wire.loop.call_soon(self._write_ready, context=self.context)
 
@@ -435,7 +431,7 @@ class FabricConnection(asyncio.Transport):
         self.error = error
         if self.has_fin and isinstance(error, ConnectionResetError):  # as Linux tells it from a reset out of the blue
             self.error = BrokenPipeError(errno.EPIPE, "Broken pipe")
-        if self._buffer and not self._writer_scheduled:
+        if self.backlog and not self._writer_scheduled:
             self._writer_scheduled = True
             self.wire.loop.call_soon(self._write_ready, context=self.context)
         self.kick()
@@ -443,7 +439,7 @@ class FabricConnection(asyncio.Transport):
     def orphan(self) -> bool:
         """The application, or its process, is gone. False: there is unread data, so the other end is to be reset."""
         self.socket = ORPHANED
-        self._buffer = None
+        self.backlog = None
         self._closing = self._conn_lost = True
         is_unread = self.inbox_bytes > 0
         self.inbox.clear()
@@ -462,7 +458,7 @@ class FabricConnection(asyncio.Transport):
 
         The process isn't called again either where the loop mutes it; one that lives on, as in tests, hears that it lost its end.
         """
-        self._buffer = None
+        self.backlog = None
         self._closing = self._conn_lost = True
         if self._protocol is not None:
             error = ConnectionAbortedError(errno.ECONNABORTED, "Software caused connection abort")

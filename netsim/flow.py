@@ -204,7 +204,7 @@ class Flow:
         if self.acks and self.acks[0][0] <= now:
             self.count_acks(now)
         in_flight, window = self.in_flight, self.window
-        if not in_flight and now - self.last_sent > RTO_MIN_S and self.last_sent and now - self.last_sent > self.rto_s:
+        if not in_flight and self.last_sent and now - self.last_sent > RTO_MIN_S and now - self.last_sent > self.rto_s:
             self._restart(now)
             window = self.window
         free = (window if window < self.most_segments else self.most_segments) - in_flight
@@ -287,7 +287,7 @@ class Flow:
         """Count the acknowledgements whose time has come; those between two losses as one."""
         acks = self.acks
         counted = total = 0
-        for when, segments, sent_at, loss in acks:
+        for when, segments, _, loss in acks:
             if when > now:
                 break
             counted += 1
@@ -298,7 +298,7 @@ class Flow:
             total = 0
             self.in_flight = max(0, self.in_flight - segments)
             if loss is NOTICED and not self.backoffs:
-                self.measured(when - sent_at)
+                self.measured(when - acks[counted - 1][2])
             self._lost_some(when, loss)
         if counted:
             when, _, sent_at, loss = acks[counted - 1]
@@ -307,14 +307,18 @@ class Flow:
             self._acknowledged(total)
             self.backoffs = 0
             self.stuck_since = None
-            del acks[:counted]
+            if counted == len(acks):
+                acks.clear()
+            else:
+                del acks[:counted]
 
     def _acknowledged(self, segments: int) -> None:
         """Segments arrived, none of them lost: the window grows while it is the limit."""
         self.in_flight = self.in_flight - segments if self.in_flight > segments else 0
         window = self.window
         if window < self.ssthresh:
-            self.window = max(window, min(window + segments, self.ssthresh, 2 * self.peak))
+            if window < 2 * self.peak:
+                self.window = min(window + segments, self.ssthresh, 2 * self.peak)
         elif self.is_limited:
             self._credit += segments
             while self._credit >= self.window:
@@ -326,8 +330,9 @@ class Flow:
         if not self.rtt_s:
             self.rtt_s, self.rttvar_s = rtt_s, rtt_s / 2
             return
-        self.rttvar_s += (abs(rtt_s - self.rtt_s) - self.rttvar_s) / 4
-        self.rtt_s += (rtt_s - self.rtt_s) / 8
+        off = rtt_s - self.rtt_s
+        self.rttvar_s += ((off if off > 0 else -off) - self.rttvar_s) / 4
+        self.rtt_s += off / 8
 
     def _lost_some(self, when: float, loss: Loss) -> None:
         """Losses of one window count once."""

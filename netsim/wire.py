@@ -151,7 +151,7 @@ class Wire:
             end.is_queued = False
             if end.socket is DEAD or not end.kernel.is_reachable or not self._pull(end, line.chunk_bytes, now, line):
                 continue
-            if end.flow.has_more:
+            if end.flow.unsent_bytes or end.flow.fin_wanted:
                 end.is_queued = True
                 ring.append(end)
             break
@@ -164,7 +164,7 @@ class Wire:
         flow = end.flow
         payload = flow.release(now, most, end.other.window_bytes - end.other.inbox_bytes)
         if payload is None:
-            if flow.has_more:
+            if flow.unsent_bytes or flow.fin_wanted:
                 self._wait(end)
             return False
         end.is_waiting = False
@@ -180,7 +180,7 @@ class Wire:
             self.loop.post_at(arrival, self._land, end, payload, now, 0.0, NONE)
         else:
             self._depart(end, payload, now, took)
-        if end.has_backlog:
+        if end.backlog is not None:
             end.wake_writer()
         return True
 
@@ -243,7 +243,9 @@ class Wire:
             if lost is not None:
                 repeats = repeated_losses(path.loss, self._draw(end))
                 late, loss = flow.recovery(segments, lost, repeats, flow.rtt_s or 2 * path.delay_s)
-        flow.last_arrival = arrival = max(arrival, flow.last_arrival)
+        if arrival < flow.last_arrival:  # noqa: PLR1730 - as above
+            arrival = flow.last_arrival
+        flow.last_arrival = arrival
         if end.kernel.nat or end.other.kernel.nat:
             self._refresh(end, now)
         if end.other.kernel.downlink is None:
@@ -277,10 +279,12 @@ class Wire:
         line, now = end.other.kernel.downlink, self.loop.now_s
         if line is not None:
             down = (len(payload) or BARE_SEGMENT_BYTES) / line.bytes_per_s
-            line.free_at = max(now, max(now - took, line.free_at) + down)
-            if line.free_at > now:
+            began = now - took
+            free_at = (line.free_at if line.free_at > began else began) + down
+            line.free_at = free_at = free_at if free_at > now else now
+            if free_at > now:
                 self.events += 1
-                self.loop.post_at(line.free_at, self._land, end, payload, sent_at, late, loss)
+                self.loop.post_at(free_at, self._land, end, payload, sent_at, late, loss)
                 return
         self._land(end, payload, sent_at, late, loss)
 
@@ -307,10 +311,11 @@ class Wire:
             back = self.loop.now_s + other.path.delay_s
             if loss is TIMED_OUT:
                 back += late
-            if flow.unheard or (flow.acks and back < flow.acks[-1][0]):
+            acks = flow.acks
+            if flow.unheard or (acks and back < acks[-1][0]):
                 flow.acknowledge(back, segments, sent_at, loss)
             else:
-                flow.acks.append((back, segments, sent_at, loss))
+                acks.append((back, segments, sent_at, loss))
             if end.is_waiting and not end.ack_armed:
                 end.ack_armed = True
                 self.loop.post_at(back, self._ack_due, end)
