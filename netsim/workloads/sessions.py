@@ -86,7 +86,7 @@ class Texts:
         "first_token_s": "seconds from asking to the first token",
         "token_s": "seconds between two tokens of texts that weren't struck",
         "recovery_s": "seconds of the longest pause after a strike on a hop of a live route",
-        "recovery_s.*": "the same by kind of strike",
+        "recovery_s.*": "seconds of that pause by kind of strike",
         "strikes": "strikes on hops of live routes",
         "strikes.*": "the same by kind",
         "online_s": "seconds until every block was served",

@@ -73,7 +73,7 @@ class Beside:
     SETTINGS: ClassVar[type[BesideSettings]] = BesideSettings
     METRICS: ClassVar[Mapping[str, str]] = {
         "alone_s": "seconds of a window beyond the path's delay, with nothing beside it",
-        "beside_s": "the same while the transfer runs",
+        "beside_s": "seconds of a window beyond the path's delay, while the transfer runs",
         "lost": "windows that never came",
         "bulk_s": "seconds of the transfer",
         "bulk.share": "of the uplink that the transfer got besides the windows' bytes",
