@@ -1,4 +1,4 @@
-"""How fast the fabric is with a sink in place of nodes, and what a connection costs: figures for `python -m netsim bench`.
+"""How fast the fabric is with a sink in place of nodes, and what a connection costs: the figures of `python -m netsim bench`.
 
 Knows of the simulator only loop, fabric and trace. The load is drawn from one seed: hosts that dial each other and exchange small
 messages and decode windows, over idle cards and over contended ones.
@@ -10,6 +10,7 @@ import asyncio
 import random  # noqa: TID251 - a seeded generator, never the global one
 import time
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -141,24 +142,28 @@ async def _memory(connections: int) -> float:
     return took / (2 * connections)
 
 
+def measure_resident(peak_bytes: Callable[[], float], connections: int = 4000) -> float:
+    """Bytes that the process grows by for each end of a connection, its sink and Python's own losses among them.
+
+    By the peak as the system knows it, so this only tells something before anything larger ran in the process.
+    """
+    return run(_resident(peak_bytes, connections))
+
+
+async def _resident(peak_bytes: Callable[[], float], connections: int) -> float:
+    loop = cast(VirtualLoop, asyncio.get_running_loop())
+    fabric = Fabric(Trace(loop.time), random.Random(1), Path(delay_s=0.02))
+    for number in range(2):
+        fabric.add_host(f"host-{number}", _address(number))
+    await fabric.transport("host-1").listen(tcp_address(_address(1), PORT), Sink)
+    before = peak_bytes()
+    for _ in range(connections):
+        made = cast(Sink, await fabric.transport("host-0").dial(tcp_address(_address(1), PORT), Sink))
+        assert made.transport is not None
+        made.transport.write(bytes(MESSAGE_BYTES))
+    await asyncio.sleep(10)
+    return (peak_bytes() - before) / (2 * connections)
+
+
 def _address(number: int) -> str:
     return f"20.{number >> 8}.{number & 255}.1"
-
-
-def main() -> None:
-    """Print the figures."""
-    for label, card in (
-        ("idle cards", Card()),
-        ("1 Gbit/s cards", Card(1000 * MBIT, 1000 * MBIT)),
-        ("20 Mbit/s cards", Card(20 * MBIT, 100 * MBIT)),
-    ):
-        figures = measure_events(card=card)
-        print(
-            f"{label}: {figures.events_per_s:,.0f} events/s ({figures.events:,} in {figures.cpu_s:.2f} s of CPU; "
-            f"{figures.delivered_bytes / 1e6:,.0f} MB, {figures.virtual_s:.0f} virtual s)"
-        )
-    print(f"one end of a connection: {measure_memory():,.0f} bytes")
-
-
-if __name__ == "__main__":
-    main()
