@@ -217,7 +217,7 @@ def _distribution(outcome: Outcome, name: str, groups: Mapping[str, Sequence[flo
     if min(every) > 0 and max(every) / min(every) > LOG_FROM_RATIO:
         axes.set_xscale("log")
     elif min(every) >= 0:
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.03 * max(every) if max(every) > 0 else None)  # the largest isn't cut in half
     axes.set_xlabel(_unit(name) or name)
     return figure
 

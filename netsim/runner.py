@@ -263,7 +263,7 @@ class _Run:
             checks,
             tuple(failures),
             {name: self.trace.story(name) for name in told},
-            self._hash,
+            self._hash or self.trace.hexdigest(),  # of a run that the loop itself ended: as far as it came
             self.trace.lines,
             self._events,
             self._virtual_s,

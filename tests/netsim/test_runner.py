@@ -170,7 +170,9 @@ def test_a_run_fails_by(run: Any, workload: type[Quiet], more: str, said: str) -
 
 def test_a_run_in_which_time_stands_still_ends_and_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("netsim.loop.TURNS_PER_MOMENT_MAX", 20)
-    assert any("TimeStandsStill" in failure for failure in run(Stuck).failures)
+    outcome = run(Stuck)
+    assert any("TimeStandsStill" in failure for failure in outcome.failures)
+    assert outcome.trace_hash
 
 
 def test_a_run_that_takes_far_too_long_is_given_up(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
