@@ -103,7 +103,7 @@ class FabricConnection(asyncio.Transport):
         self.router: Line | None = None
         self.is_cut = False
         self.is_plain = False
-        """Whether all that happens to a chunk on its way is that it takes the path's delay."""
+        """Whether all that happens to a chunk on its path is that it takes the delay."""
         self.cut_after: int | None = None
         self.arrived_bytes = 0
         self.serial = 0

@@ -241,7 +241,7 @@ class Fabric:
         end.cut_after = self._cuts.get((source, target))
         end.router = self._router(source, target, path)
         is_simple = not (path.jitter_s or path.loss or path.bytes_per_s)
-        end.is_plain = is_simple and not (end.kernel.nat or end.other.kernel.nat or end.other.kernel.downlink)
+        end.is_plain = is_simple and not (end.kernel.nat or end.other.kernel.nat)
 
     def path(self, source: str, target: str) -> Path:
         """What was set for the two, else what the default says."""

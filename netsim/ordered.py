@@ -66,7 +66,14 @@ class Ready(asyncio.Handle):
     def __init__(
         self, callback: Callable[..., object], args: tuple[Any, ...], loop: Numbering, context: Context | None
     ) -> None:
-        _fill(self, callback, args, loop, context)
+        handle: Any = self  # what `asyncio.Handle.__init__` sets
+        handle._context = copy_context() if context is None else context
+        handle._loop = loop
+        handle._callback = callback
+        handle._args = args
+        handle._cancelled = False
+        handle._repr = None
+        handle._source_traceback = None
 
 
 class Timer(asyncio.TimerHandle):
@@ -82,22 +89,16 @@ class Timer(asyncio.TimerHandle):
         loop: Numbering,
         context: Context | None,
     ) -> None:
-        _fill(self, callback, args, loop, context)
-        self._when = when
-        self._scheduled = True
-
-
-def _fill(
-    handle: Any, callback: Callable[..., object], args: tuple[Any, ...], loop: Numbering, context: Context | None
-) -> None:
-    """What `asyncio.Handle.__init__` sets."""
-    handle._context = copy_context() if context is None else context
-    handle._loop = loop
-    handle._callback = callback
-    handle._args = args
-    handle._cancelled = False
-    handle._repr = None
-    handle._source_traceback = None
+        handle: Any = self  # spelt out once more: a call for it would cost as much again
+        handle._context = copy_context() if context is None else context
+        handle._loop = loop
+        handle._callback = callback
+        handle._args = args
+        handle._cancelled = False
+        handle._repr = None
+        handle._source_traceback = None
+        handle._when = when
+        handle._scheduled = True
 
 
 def take_apart(task: asyncio.Task[Any]) -> None:

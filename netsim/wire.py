@@ -124,8 +124,7 @@ class Wire:
             return
         line = end.kernel.uplink
         if line is None or end.other.kernel is end.kernel:
-            now = self.loop.now_s
-            flow = end.flow
+            now, flow = self.loop.now_s, end.flow
             while self._pull(end, CHUNK_BYTES_MAX, now, None) and (flow.unsent_bytes or flow.fin_wanted):
                 pass
             return
@@ -161,8 +160,8 @@ class Wire:
 
     def _pull(self, end: FabricConnection, most: int, now: float, line: Line | None) -> bool:
         """One chunk leaves, if the flow lets it."""
-        flow = end.flow
-        payload = flow.release(now, most, end.other.window_bytes - end.other.inbox_bytes)
+        flow, other = end.flow, end.other
+        payload = flow.release(now, most, other.window_bytes - other.inbox_bytes)
         if payload is None:
             if flow.unsent_bytes or flow.fin_wanted:
                 self._wait(end)
@@ -177,7 +176,10 @@ class Wire:
             if arrival < flow.last_arrival:  # noqa: PLR1730 - max() takes three times as long, here of all places
                 arrival = flow.last_arrival
             flow.last_arrival = arrival
-            self.loop.post_at(arrival, self._land, end, payload, now, 0.0, NONE)
+            if other.kernel.downlink is None:
+                self.loop.post_at(arrival, self._land, end, payload, now, 0.0, NONE)
+            else:
+                self.loop.post_at(arrival, self._arrive, end, payload, now, took, 0.0, NONE)
         else:
             self._depart(end, payload, now, took)
         if end.backlog is not None:
