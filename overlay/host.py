@@ -137,6 +137,7 @@ class Host:
         self._keeps: dict[PeerId, int] = {}
         self._busy = asyncio.Event()
         self._push_due = False
+        self._changed_at = 0.0
         self._closing = False
         self._prologue = NETWORK_PROLOGUE + self.config.network_secret if self.config.network_secret else b""
 
@@ -250,7 +251,6 @@ class Host:
             if transport.can_dial(address):
                 listener = await transport.listen(address, self._accepting)
                 self._listeners.append(listener)
-                self._introductions.record_sequence += 1
                 self._push_soon()
                 return tuple(found.with_peer(str(self.peer_id)) for found in listener.addresses)
         raise DialError(f"No transport can listen on {address}; use an address like /ip4/0.0.0.0/tcp/4001.")
@@ -435,7 +435,9 @@ class Host:
     def _leave_idle(self, now: float) -> None:
         """Leave what is idle for too long, or too many; see `overlay.idle`."""
         quiet = [
-            found for peer, found in self._connections.items() if not found.session.lanes and peer not in self._keeps
+            found
+            for peer, found in self._connections.items()
+            if not found.session.lanes and not (self._keeps and peer in self._keeps)
         ]
         for index in to_leave([found.last_received for found in quiet], len(self._connections), now):
             quiet[index].leave()
@@ -476,6 +478,8 @@ class Host:
     # --- maintenance ---
 
     def _push_soon(self) -> None:
+        self._introductions.record_sequence += 1
+        self._changed_at = self.ports.clock.now()
         self._push_due = True
         self._busy.set()
 
@@ -496,15 +500,17 @@ class Host:
         for connection, deadline in list(self._draining.items()):
             if now > deadline:
                 connection.finish_leaving()
+        keeps = self._keeps
         for connection in [*self._connections.values(), *self._draining]:
-            if connection.session.lanes or connection.session.ping_sent_at or connection.remote_peer in self._keeps:
+            session = connection.session
+            if session.lanes or session.ping_sent_at or (keeps and connection.remote_peer in keeps):
                 self._check_alive(connection, now)
         self._leave_idle(now)
         if self._push_due:
             self._push_due = False
-            self._introductions.record_sequence += 1
             for connection in self._connections.values():
-                self._spawn(self._introductions.push(connection), f"identify push {connection.remote_peer.short}")
+                if connection.opened_at <= self._changed_at:  # a later one was told of the change when it asked
+                    self._spawn(self._introductions.push(connection), f"identify push {connection.remote_peer.short}")
 
     def _check_alive(self, connection: Connection, now: float) -> None:
         """Only for connections in use and for those that somebody keeps: the others end for being idle."""

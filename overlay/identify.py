@@ -48,6 +48,13 @@ def encode_identify(
     record_sequence: int,
 ) -> bytes:
     """One length-prefixed message."""
+    return message_with(encode_own(identity, addresses, protocols, agent, record_sequence), observed)
+
+
+def encode_own(
+    identity: Identity, addresses: Sequence[Multiaddr], protocols: Sequence[str], agent: str, record_sequence: int
+) -> bytes:
+    """The fields that are the same for everybody who asks."""
     bare = [address.without_peer() for address in addresses]
     fields: list[tuple[int, int | bytes]] = [
         (5, PROTOCOL_VERSION),
@@ -57,9 +64,12 @@ def encode_identify(
         *((3, protocol.encode()) for protocol in protocols),
         (8, seal_peer_record(identity, record_sequence, bare)),
     ]
-    if observed is not None:
-        fields.append((4, observed.encode()))
-    body = encode_fields(fields)
+    return encode_fields(fields)
+
+
+def message_with(own: bytes, observed: Multiaddr | None) -> bytes:
+    """One length-prefixed message of `encode_own`'s fields for whoever is seen at ``observed``."""
+    body = own if observed is None else own + encode_fields(((4, observed.encode()),))
     return encode_varint(len(body)) + body
 
 

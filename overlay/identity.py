@@ -27,6 +27,7 @@ PEER_ID_BYTES_MAX = 42
 SEED_BYTES = 32
 SIGNATURE_BYTES = 64
 KEYS_CACHED = 8192
+RECORDS_CACHED = 256
 ENVELOPE_BYTES_MAX = 16384
 RECORD_ADDRESSES_MAX = 64
 PEER_RECORD_DOMAIN = b"libp2p-peer-record"
@@ -53,7 +54,7 @@ class PeerId:
         """From 32 raw Ed25519 bytes."""
         if len(public_key) != 32:
             raise InvalidAddress("An Ed25519 public key has 32 bytes.")
-        return cls(PEER_ID_PREFIX + public_key)
+        return _peer_of(PEER_ID_PREFIX + public_key)
 
     @classmethod
     def from_bytes(cls, multihash: bytes) -> PeerId:
@@ -200,6 +201,7 @@ def seal_peer_record(identity: Identity, sequence: int, addresses: Sequence[Mult
     return seal_envelope(identity, PEER_RECORD_DOMAIN, PEER_RECORD_TYPE, payload)
 
 
+@lru_cache(maxsize=RECORDS_CACHED)
 def open_peer_record(data: bytes) -> tuple[PeerId, int, tuple[Multiaddr, ...]]:
     """(peer, sequence, addresses); addresses of unknown protocols are left out. Raises ProtocolViolation."""
     signer, payload = open_envelope(data, PEER_RECORD_DOMAIN, PEER_RECORD_TYPE)

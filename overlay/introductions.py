@@ -14,7 +14,7 @@ from overlay import limits
 from overlay.address_book import AddressBook
 from overlay.connection import Connection
 from overlay.errors import PeerdError, UpgradeError
-from overlay.identify import IDENTIFY, IDENTIFY_PUSH, decode_identify, encode_identify
+from overlay.identify import IDENTIFY, IDENTIFY_PUSH, decode_identify, encode_own, message_with
 from overlay.identity import Identity, PeerId
 from overlay.multiaddr import Multiaddr
 from overlay.ports import Clock
@@ -42,6 +42,7 @@ class Introductions:
         self._listeners: list[Introduced] = []
         self._asking: dict[PeerId, None] = {}
         self.record_sequence = 0
+        self._said: tuple[tuple[object, ...], bytes] | None = None
 
     def add_listener(self, listener: Introduced) -> None:
         """Hear of every peer that said what it speaks, synchronously."""
@@ -54,10 +55,12 @@ class Introductions:
 
     def _message(self, connection: Connection) -> bytes:
         addresses, protocols = self._own()
-        return encode_identify(
-            self._identity, addresses[: limits.ADDRESSES_PER_PEER], sorted(protocols), connection.remote_address,
-            self._agent, self.record_sequence,
-        )  # fmt: skip
+        facts = (addresses, protocols, self.record_sequence)
+        if self._said is None or self._said[0] != facts:  # signed once, not for everybody who asks
+            told = addresses[: limits.ADDRESSES_PER_PEER]
+            own = encode_own(self._identity, told, sorted(protocols), self._agent, self.record_sequence)
+            self._said = facts, own
+        return message_with(self._said[1], connection.remote_address)
 
     async def answer(self, stream: Stream) -> None:
         """The handler of `IDENTIFY`."""

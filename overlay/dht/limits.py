@@ -79,6 +79,10 @@ SELF_LOOKUP_LONELY_S = 10.0
 """While the table holds fewer than `KSIZE` contacts."""
 REFRESH_S = 3600.0
 """Each part of the id space, seen from us, is looked into this often (Kademlia, section 2.3), and once after joining."""
+REFRESH_GAP_S = 10.0
+"""Between two such looks: a node that has just joined fills its table in the first minutes, not in the first seconds."""
+CONTACTS_ENOUGH = 5
+"""A part that holds so many already needs no look after joining: others have come by themselves."""
 REFRESH_RPCS_MAX = 3
 """Such a look wants contacts there, not the closest."""
 CONTACT_FRESH_S = 900.0

@@ -23,7 +23,7 @@ from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
 from overlay.dht.records import Record, RecordName, location_of, merge
 from overlay.dht.store import Put, RecordStore, StoreRate
-from overlay.dht.table import Contact, Table, group_of
+from overlay.dht.table import Contact, Table, group_of, node_id_of
 from overlay.errors import PeerdError, ProtocolRefused, TimedOut
 from overlay.host import Host
 from overlay.identity import PeerId
@@ -84,6 +84,7 @@ class Dht:
         self._self_lookup_every_s = limits.SELF_LOOKUP_S
         self._neighbourhood: list[bytes] = []
         self._refreshed: dict[int, float] = {}
+        self._refresh_earliest = 0.0
         self._lost: dict[PeerId, tuple[Multiaddr, ...]] = {}
         self._lost_due = 0.0
         self._wake = asyncio.Event()
@@ -98,6 +99,7 @@ class Dht:
         now = self._now()
         self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
         self._lost_due = now + limits.LOST_RETRY_S
+        self._refresh_earliest = now + limits.REFRESH_GAP_S
         if self.config.server:
             self._protocol.serve()
         self._host.add_connection_listener(_ignore, self._connection_closed)
@@ -371,7 +373,7 @@ class Dht:
         does not come in by asking.
         """
         now = self._now()
-        known = self._table.get(Contact(peer).id)
+        known = self._table.get(node_id_of(peer))
         if known is not None:
             self._renew(known, now)
             return
@@ -441,7 +443,7 @@ class Dht:
         if connection.was_left:
             return
         peer = connection.remote_peer
-        if self._table.get(Contact(peer).id) is not None:
+        if self._table.get(node_id_of(peer)) is not None:
             self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
 
     # --- upkeep ---
@@ -477,8 +479,7 @@ class Dht:
                 self._spawn("meet again", self._meet_again())
         due, depth = self._refresh_due()
         if now >= due:
-            self._refreshed[depth] = now
-            self._spawn(f"refresh {depth}", self._refresh(depth))
+            self._refresh_part(depth, now)
         if self._lost and now >= self._lost_due:
             self._lost_due = now + limits.LOST_RETRY_S
             self._spawn("look for the lost", self._look_for_lost())
@@ -502,7 +503,14 @@ class Dht:
             return float("inf"), 0
         looked = [(self._refreshed.get(depth, float("-inf")), depth) for depth in range(self._table.own_depth)]
         at, depth = min(looked, default=(float("inf"), 0))
-        return at + limits.REFRESH_S, depth
+        return max(at + limits.REFRESH_S, self._refresh_earliest), depth
+
+    def _refresh_part(self, depth: int, now: float) -> None:
+        is_first = depth not in self._refreshed
+        self._refreshed[depth] = now
+        if not is_first or self._table.count_at(depth) < limits.CONTACTS_ENOUGH:
+            self._refresh_earliest = now + limits.REFRESH_GAP_S
+            self._spawn(f"refresh {depth}", self._refresh(depth))
 
     async def _refresh(self, depth: int) -> None:
         drawn = int.from_bytes(self._ports.randomness.token(limits.ID_BYTES), "big")

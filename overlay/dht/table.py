@@ -7,7 +7,6 @@ there; this file owns no network. At most a few contacts of one address group en
 from __future__ import annotations
 
 import hashlib
-import heapq
 import ipaddress
 from bisect import insort
 from collections.abc import Iterator, Sequence
@@ -138,10 +137,13 @@ class Table(RoutingTable):
 
     def get_bucket_for(self, node: Node) -> int:
         """The bucket whose inclusive range holds the id (the base errs at a range's upper end)."""
+        return self._index_of(node.long_id)
+
+    def _index_of(self, long_id: int) -> int:
         low, high = 0, len(self.buckets) - 1
         while low < high:
             middle = (low + high) // 2
-            if node.long_id > self.buckets[middle].range[1]:
+            if long_id > self.buckets[middle].range[1]:
                 low = middle + 1
             else:
                 high = middle
@@ -180,8 +182,7 @@ class Table(RoutingTable):
 
     def get(self, node_id: bytes) -> Contact | None:
         """The contact of that id."""
-        bucket = self.buckets[self.get_bucket_for(Node(node_id))]
-        found: Contact | None = bucket.nodes.get(node_id)
+        found: Contact | None = self.buckets[self._index_of(int.from_bytes(node_id, "big"))].nodes.get(node_id)
         return found
 
     def __len__(self) -> int:
@@ -193,12 +194,27 @@ class Table(RoutingTable):
         return node.id in bucket.nodes and bool(bucket.add_node(node))
 
     def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[Contact]:
-        """The exact ``k`` nearest (the base's walk finds half of them)."""
+        """The exact ``k`` nearest (the base's walk finds half of them).
+
+        Buckets are subtrees, so all of one are nearer than all of the next: as many are looked into as it takes.
+        """
         target = node.long_id
-        found = [(contact.long_id ^ target, contact) for bucket in self.buckets for contact in bucket.nodes.values()]
+        wanted = k or self.ksize
         unwanted = (0,) if exclude is None else (0, exclude.long_id ^ target)
-        near = heapq.nsmallest((k or self.ksize) + len(unwanted), found, key=itemgetter(0))
-        return [contact for distance, contact in near if distance not in unwanted][: k or self.ksize]
+        found: list[tuple[int, Contact]] = []
+        for _, bucket in sorted([(bucket.range[0] ^ target, bucket) for bucket in self.buckets], key=itemgetter(0)):
+            found += [(contact.long_id ^ target, contact) for contact in bucket.nodes.values()]
+            if len(found) >= wanted + len(unwanted):
+                break
+        found.sort(key=itemgetter(0))
+        return [contact for distance, contact in found if distance not in unwanted][:wanted]
+
+    def count_at(self, depth: int) -> int:
+        """How many contacts share ``depth`` leading bits with our own id, and no more."""
+        low_bits = limits.ID_BITS - depth - 1
+        low = (self.node.long_id >> low_bits ^ 1) << low_bits
+        first, last = self._index_of(low), self._index_of(low + (1 << low_bits) - 1)
+        return sum(len(bucket) for bucket in self.buckets[first : last + 1])
 
     @property
     def own_depth(self) -> int:

@@ -138,7 +138,8 @@ class Session:
         self._granted_extra = 0
         self._unacked = 0
         self._ping_value = 0
-        self._ping_sent: float | None = None
+        self.ping_sent_at: float | None = None
+        """When the unanswered ping left, or None."""
         self.rtt_s: float | None = None
         self.remote_gone = False
         self.local_gone = False
@@ -218,26 +219,21 @@ class Session:
 
     def ping(self, now: float) -> None:
         """Queue a ping unless one is under way."""
-        if self._ping_sent is None:
+        if self.ping_sent_at is None:
             self._ping_value = (self._ping_value + 1) & (MARK_BIT - 1)
-            self._ping_sent = now
+            self.ping_sent_at = now
             self._queue(HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, self._ping_value))
 
     def mark(self, number: int) -> None:
         """Queue a ping that asks nothing but when what was written before it has arrived; `Events.mark_echoed` tells."""
         self._queue(HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, MARK_BIT | number))
 
-    @property
-    def ping_sent_at(self) -> float | None:
-        """When the unanswered ping left, or None."""
-        return self._ping_sent
-
     def leave(self, now: float) -> None:
         """Queue GOAWAY and a ping: whatever the peer opened before it heard of it is accepted, and has come when the pong has."""
         if not self.local_gone:
             self.go_away(GOAWAY_NORMAL)
             self._hears_out = True
-            self._ping_sent = None
+            self.ping_sent_at = None
             self.ping(now)
 
     def go_away(self, code: int) -> None:
@@ -387,9 +383,9 @@ class Session:
                 self._queue(HEADER.pack(0, TYPE_PING, FLAG_ACK, 0, value))
         elif flags & FLAG_ACK and value & MARK_BIT:
             self._events.mark_echoed(value & (MARK_BIT - 1))
-        elif flags & FLAG_ACK and self._ping_sent is not None and value == self._ping_value:
-            rtt = max(now - self._ping_sent, 1e-6)
-            self._ping_sent = None
+        elif flags & FLAG_ACK and self.ping_sent_at is not None and value == self._ping_value:
+            rtt = max(now - self.ping_sent_at, 1e-6)
+            self.ping_sent_at = None
             self.answered_after(rtt)
             self._events.pong(rtt)
 

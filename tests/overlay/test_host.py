@@ -132,8 +132,9 @@ def test_identify_tells_protocols_and_simultaneous_dials_end_with_one_connection
 
 def test_a_service_that_comes_later_is_pushed() -> None:
     async def scene(one: Host, two: Host) -> None:
-        await one.connect(two.peer_id, two.addresses)
+        stream = await one.open_stream(two.peer_id, PING, addresses=two.addresses)
         await until(lambda: PING in one.protocols_of(two.peer_id))
+        stream.reset()
         serve_all(two)
         await until(lambda: ECHO in one.protocols_of(two.peer_id))
 
