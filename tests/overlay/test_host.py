@@ -141,6 +141,22 @@ def test_a_service_that_comes_later_is_pushed() -> None:
     run_hosts(2, scene)
 
 
+def test_a_change_is_pushed_to_none_that_connected_after_it() -> None:
+    def pushes(host: Host) -> int:
+        host.maintain(host.ports.clock.now())
+        return sum(task.get_name().startswith("identify push") for task in asyncio.all_tasks())
+
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        await one.connect(two.peer_id, two.addresses)
+        await until(lambda: PING in two.protocols_of(one.peer_id))
+        assert pushes(two) == 0
+        two.unserve(ECHO)
+        assert pushes(two) == 1
+
+    run_hosts(2, scene)
+
+
 def test_pings_are_answered() -> None:
     async def scene(one: Host, two: Host) -> None:
         stream = await one.open_stream(two.peer_id, PING, addresses=two.addresses)

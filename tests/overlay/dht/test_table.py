@@ -44,6 +44,14 @@ def test_our_own_neighbourhood_is_kept_in_full() -> None:
     assert {found.id for found in nearest} <= {found.id for found in table.contacts()}
 
 
+def test_contacts_are_counted_by_how_many_bits_they_share_with_us() -> None:
+    table = filled(300)
+    shared = [limits.ID_BITS - (found.long_id ^ table.node.long_id).bit_length() for found in table.contacts()]
+    assert [table.count_at(depth) for depth in range(table.own_depth)] == [
+        shared.count(depth) for depth in range(table.own_depth)
+    ]
+
+
 def test_ourselves_never_enter_and_a_full_bucket_names_whom_to_ask() -> None:
     table = filled(600)
     assert table.add_contact(contact(1)) is None
