@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ import pytest
 from netsim.outcome import Outcome
 from netsim.runner import prepare, run_seed
 from overlay.pacing import UrgentTraffic
+
+
+class Gone:
+    """Something to refer to weakly."""
+
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 
@@ -73,3 +79,11 @@ def test_quiet_streams_outlive_what_boxes_remember_and_both_ends_notice_a_box_th
 def test_any_path_and_uplink_leaves_tokens_their_way() -> None:
     for seed in (3, 5):
         passed("stream-decode-many-paths", seed, bulk_bytes=4 << 20, alone_s=1.0)
+
+
+def test_what_stays_of_streams_is_counted_beside_dead_weak_references() -> None:
+    gone = Gone()
+    held = [weakref.proxy(gone)]  # `isinstance` of it raises once its object is gone
+    del gone
+    passed("stream-churn", streams=120, except_for=("opened",))
+    assert len(held) == 1
