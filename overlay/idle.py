@@ -21,9 +21,13 @@ def to_leave(quiet_since: Sequence[float], open_count: int, now: float) -> list[
         now: This moment.
     """
     surplus = open_count - limits.CONNECTIONS_EASY
-    order = sorted(range(len(quiet_since)), key=lambda index: quiet_since[index])
+    least_s = limits.SURPLUS_IDLE_S if surplus > 0 else limits.CONNECTION_IDLE_S
+    order = sorted(
+        [index for index, since in enumerate(quiet_since) if now - since >= least_s],
+        key=lambda index: quiet_since[index],
+    )
     return [
         index
         for place, index in enumerate(order)
-        if now - quiet_since[index] >= (limits.SURPLUS_IDLE_S if place < surplus else limits.CONNECTION_IDLE_S)
+        if place < surplus or now - quiet_since[index] >= limits.CONNECTION_IDLE_S
     ]
