@@ -238,7 +238,7 @@ class Connection(asyncio.BufferedProtocol):
         moved = self._blocked_bytes - (self._transport.get_write_buffer_size() if self._transport is not None else 0)
         if elapsed > 0 and moved > 0:
             rate = moved / elapsed
-            self._uplink = rate if self._uplink is None else 0.7 * self._uplink + 0.3 * rate
+            self._uplink = max(rate, limits.UPLINK_KEPT * (self._uplink or 0.0))
         self.pump()
 
     # --- the mux's events ---

@@ -13,6 +13,8 @@ CHUNK_BYTES_PACED = 8 << 10
 """Beside urgent messages, on an uplink that wasn't measured yet."""
 CHUNK_SECONDS = 0.005
 """A frame is at most this long on the measured uplink, so that priorities act."""
+UPLINK_KEPT = 0.9
+"""Of the measured uplink, when the socket took less for once: it was the reader that had no time, more often than the path."""
 NOTSENT_LOWAT_BYTES = 128 << 10
 URGENT_BYTES_MAX = 64 << 10
 """A stream for decoding on which more waits than this carries a prompt, which may wait for others' tokens."""

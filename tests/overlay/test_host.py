@@ -467,6 +467,25 @@ def test_more_control_frames_than_a_message_holds_do_not_hold_up_the_data_behind
     run_hosts(2, scene)
 
 
+def test_a_reader_without_time_does_not_make_the_uplink_slow_at_once_and_a_slow_path_does_in_the_end() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        connection = (await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)).connection
+
+        def blocked_for_a_second() -> float:
+            connection._blocked_at, connection._blocked_bytes = connection._now() - 1.0, 64 << 10
+            connection.resume_writing()
+            assert connection.uplink_bytes_per_s is not None
+            return connection.uplink_bytes_per_s
+
+        connection._uplink = 1e9
+        assert blocked_for_a_second() > 0.8e9
+        measured = [blocked_for_a_second() for _ in range(120)]
+        assert 60_000 < measured[-1] < 66_000
+
+    run_hosts(2, scene)
+
+
 def test_one_peer_holds_few_connections_however_many_it_dials() -> None:
     async def scene(one: Host, two: Host) -> None:
         serve_all(one)
