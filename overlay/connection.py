@@ -101,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         self._blocked_at = 0.0
         self._blocked_bytes = 0
         self._uplink: float | None = None
+        self._measured_at = 0.0
         self._pacer = Pacer()
         self._is_paced = False
         self._bulk_sent_at: float | None = None
@@ -238,8 +239,13 @@ class Connection(asyncio.BufferedProtocol):
         moved = self._blocked_bytes - (self._transport.get_write_buffer_size() if self._transport is not None else 0)
         if elapsed > 0 and moved > 0:
             rate = moved / elapsed
-            self._uplink = max(rate, limits.UPLINK_KEPT * (self._uplink or 0.0))
+            self._uplink = max(rate, (self._uplink or 0.0) * 0.5 ** (self._unmeasured_s() / limits.UPLINK_HALF_LIFE_S))
         self.pump()
+
+    def _unmeasured_s(self) -> float:
+        """Seconds since the uplink was measured last."""
+        before, self._measured_at = self._measured_at, self._now()
+        return self._measured_at - before
 
     # --- the mux's events ---
 
@@ -276,7 +282,7 @@ class Connection(asyncio.BufferedProtocol):
     def mark_echoed(self, number: int) -> None:
         """What was written before the mark has arrived: there is room for more bulk, with the next write."""
         self._pacer.echoed(number, self.sent_bytes, self._now())
-        if self._pacer.rate is not None:
+        if self._pacer.rate is not None and (self.rtt_s or 0.0) >= limits.NEAR_RTT_S:
             self._uplink = self._pacer.rate
 
     def go_away(self, code: int) -> None:

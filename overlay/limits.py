@@ -13,8 +13,10 @@ CHUNK_BYTES_PACED = 8 << 10
 """Beside urgent messages, on an uplink that wasn't measured yet."""
 CHUNK_SECONDS = 0.005
 """A frame is at most this long on the measured uplink, so that priorities act."""
-UPLINK_KEPT = 0.9
-"""Of the measured uplink, when the socket took less for once: it was the reader that had no time, more often than the path."""
+UPLINK_HALF_LIFE_S = 3.0
+"""Of what the uplink was measured at, while the socket takes less: it is the reader that has no time, more often than the path."""
+NEAR_RTT_S = 0.001
+"""Nearer peers share a machine or a wire: what waits between them waits for processors, and says nothing of the uplink."""
 NOTSENT_LOWAT_BYTES = 128 << 10
 URGENT_BYTES_MAX = 64 << 10
 """A stream for decoding on which more waits than this carries a prompt, which may wait for others' tokens."""

@@ -472,16 +472,16 @@ def test_a_reader_without_time_does_not_make_the_uplink_slow_at_once_and_a_slow_
         serve_all(two)
         connection = (await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)).connection
 
-        def blocked_for_a_second() -> float:
+        def blocked_for_a_second(measured_before_s: float) -> float:
             connection._blocked_at, connection._blocked_bytes = connection._now() - 1.0, 64 << 10
+            connection._measured_at = connection._now() - measured_before_s
             connection.resume_writing()
             assert connection.uplink_bytes_per_s is not None
             return connection.uplink_bytes_per_s
 
         connection._uplink = 1e9
-        assert blocked_for_a_second() > 0.8e9
-        measured = [blocked_for_a_second() for _ in range(120)]
-        assert 60_000 < measured[-1] < 66_000
+        assert blocked_for_a_second(0.1) > 0.9e9
+        assert 60_000 < [blocked_for_a_second(3.0) for _ in range(20)][-1] < 66_000
 
     run_hosts(2, scene)
 
