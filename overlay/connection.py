@@ -22,6 +22,7 @@ from overlay.noise.transport import PLAINTEXT_BYTES_MAX, CipherState, FrameSplit
 from overlay.pacing import Pacer, UrgentTraffic
 from overlay.stream import Priority, Stream
 from overlay.upgrade import Upgrade
+from overlay.uplink import Uplink
 from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, HEADER_BYTES, Lane, Session
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,7 @@ class Connection(asyncio.BufferedProtocol):
         self._error: PeerdError | None = None
         self._ready: tuple[list[Stream], ...] = tuple([] for _ in Priority)  # an idle deque takes 0.7 KiB
         self._blocked = False
-        self._blocked_at = 0.0
-        self._blocked_bytes = 0
-        self._uplink: float | None = None
-        self._measured_at = 0.0
+        self._uplink = Uplink()
         self._pacer = Pacer()
         self._is_paced = False
         self._bulk_sent_at: float | None = None
@@ -129,8 +127,8 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def uplink_bytes_per_s(self) -> float | None:
-        """Measured while the socket was the bottleneck, or None: it never was."""
-        return self._uplink
+        """Measured while the socket was the bottleneck, or None: it never was, or there is no wire."""
+        return self._uplink.bytes_per_s
 
     @property
     def error(self) -> PeerdError | None:
@@ -147,7 +145,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def statistics(self) -> ConnectionStatistics:
         return ConnectionStatistics(
-            self.sent_bytes, self.received_bytes, len(self.session.lanes), self.rtt_s, self._uplink
+            self.sent_bytes, self.received_bytes, len(self.session.lanes), self.rtt_s, self.uplink_bytes_per_s
         )
 
     # --- asyncio ---
@@ -160,6 +158,7 @@ class Connection(asyncio.BufferedProtocol):
             self.remote_address = name
         elif name:
             self.remote_address = tcp_address(name[0], name[1])
+        self._uplink.is_wire = self.remote_address is None or not self.remote_address.is_loopback
         ring = receive_ring(asyncio.get_running_loop())
         self._ring, self._plain = ring[: limits.RECEIVE_RING_BYTES], ring[limits.RECEIVE_RING_BYTES :]
         self.opened_at = self.last_received = self._now()
@@ -230,22 +229,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._blocked = True
-        self._blocked_at = self._now()
-        self._blocked_bytes = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        self._uplink.blocked(self._waiting_bytes(), self._now())
 
     def resume_writing(self) -> None:
         self._blocked = False
-        elapsed = self._now() - self._blocked_at
-        moved = self._blocked_bytes - (self._transport.get_write_buffer_size() if self._transport is not None else 0)
-        if elapsed > 0 and moved > 0:
-            rate = moved / elapsed
-            self._uplink = max(rate, (self._uplink or 0.0) * 0.5 ** (self._unmeasured_s() / limits.UPLINK_HALF_LIFE_S))
+        self._uplink.resumed(self._waiting_bytes(), self._now())
         self.pump()
 
-    def _unmeasured_s(self) -> float:
-        """Seconds since the uplink was measured last."""
-        before, self._measured_at = self._measured_at, self._now()
-        return self._measured_at - before
+    def _waiting_bytes(self) -> int:
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     # --- the mux's events ---
 
@@ -282,8 +274,7 @@ class Connection(asyncio.BufferedProtocol):
     def mark_echoed(self, number: int) -> None:
         """What was written before the mark has arrived: there is room for more bulk, with the next write."""
         self._pacer.echoed(number, self.sent_bytes, self._now())
-        if self._pacer.rate is not None and (self.rtt_s or 0.0) >= limits.NEAR_RTT_S:
-            self._uplink = self._pacer.rate
+        self._uplink.paced(self._pacer.rate, self.rtt_s)
 
     def go_away(self, code: int) -> None:
         if code != GOAWAY_NORMAL:
@@ -364,15 +355,10 @@ class Connection(asyncio.BufferedProtocol):
         finally:
             self._pumping = False
 
-    def _chunk_bytes(self) -> int:
-        if self._uplink is None:
-            return limits.CHUNK_BYTES_PACED if self._is_paced else limits.CHUNK_BYTES_MAX
-        return min(limits.CHUNK_BYTES_MAX, max(limits.CHUNK_BYTES_MIN, int(self._uplink * limits.CHUNK_SECONDS)))
-
     def _fill(self) -> list[bytes | memoryview]:
         """The next Noise plaintexts: control frames, then frames of streams in order of priority."""
         pieces: list[bytes | memoryview] = []
-        room = min(PLAINTEXT_BYTES_MAX, self._chunk_bytes())
+        room = min(PLAINTEXT_BYTES_MAX, self._uplink.chunk_bytes(is_paced=self._is_paced))
         if self.session.has_control:
             control = self.session.poll_control()
             pieces.append(control)

@@ -190,6 +190,14 @@ class Multiaddr:
         return len(names) == 2 and names[0] in ("ip4", "ip6", "dns", "dns4", "dns6") and names[1] == "tcp"
 
     @property
+    def is_loopback(self) -> bool:
+        """Whether it is this very machine."""
+        try:
+            return ipaddress.ip_address(self.host or "").is_loopback
+        except ValueError:
+            return False
+
+    @property
     def is_loopback_or_private(self) -> bool:
         """Whether the address can't be a stranger's on the internet."""
         host = self.host

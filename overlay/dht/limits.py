@@ -65,7 +65,8 @@ FOREIGN_CHECKS_AT_ONCE = 8
 # --- calls ---
 MESSAGE_BYTES_MAX = RECORDS_PER_KEY_MAX * RECORD_BYTES_MAX + (64 << 10)
 STORE_RECORDS_MAX = 100
-RPC_TIMEOUT_MIN_S = 0.5
+RPC_TIMEOUT_MIN_S = 1.0
+"""Added to three round trips: either side may do nothing for half a second, with processors as busy as a swarm's are."""
 RPC_TIMEOUT_MAX_S = 2.0
 RPC_DIAL_TIMEOUT_S = 3.0
 

@@ -178,7 +178,7 @@ class Dht:
             log.debug("bootstrap peer %s was not reached: %s", peer or addresses, error)
             return False
         contact = self._contact_of(connection.remote_peer, addresses)
-        return await self._protocol.call_ping(contact)
+        return await self._protocol.call_ping(contact, timeout_s=limits.RPC_DIAL_TIMEOUT_S)
 
     def _contact_of(self, peer: PeerId, addresses: Sequence[Multiaddr] = ()) -> Contact:
         known = self._host.address_book.addresses(peer, self._now()) or tuple(addresses)

@@ -104,9 +104,9 @@ class DhtProtocol:
 
     # --- calls ---
 
-    async def call_ping(self, contact: Contact) -> bool:
+    async def call_ping(self, contact: Contact, timeout_s: float | None = None) -> bool:
         """Whether the peer answers, and serves the DHT."""
-        return await self._call(contact, Message("ping", {})) is not None
+        return await self._call(contact, Message("ping", {}), timeout_s) is not None
 
     async def call_find_node(self, contact: Contact, target: Node) -> Found | None:
         """Nodes near ``target`` that the peer knows."""
@@ -135,7 +135,7 @@ class DhtProtocol:
             return []
         return [_read_outcome(entry) for entry in listed]
 
-    async def _call(self, contact: Contact, message: Message) -> Message | None:
+    async def _call(self, contact: Contact, message: Message, timeout_s: float | None = None) -> Message | None:
         self.calls += 1
         try:
             answer = await call(
@@ -143,7 +143,7 @@ class DhtProtocol:
                 contact.peer,
                 DHT,
                 message,
-                timeout_s=self._timeout_s(contact.peer),
+                timeout_s=timeout_s or self._timeout_s(contact.peer),
                 addresses=contact.addresses,
                 message_bytes_max=limits.MESSAGE_BYTES_MAX,
             )

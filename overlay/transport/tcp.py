@@ -102,9 +102,4 @@ def _reachable(host: str, port: int) -> list[Multiaddr]:
             if entry.family in wanted and "%" not in entry.address and not entry.address.startswith("fe80"):
                 with contextlib.suppress(ValueError):
                     found.append(tcp_address(entry.address, port))
-    return sorted(found, key=lambda address: (_is_loopback(address), str(address)))
-
-
-def _is_loopback(address: Multiaddr) -> bool:
-    host = address.host or ""
-    return host.startswith("127.") or host == "::1"
+    return sorted(found, key=lambda address: (address.is_loopback, str(address)))
