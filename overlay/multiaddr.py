@@ -192,10 +192,8 @@ class Multiaddr:
     @property
     def is_loopback(self) -> bool:
         """Whether it is this very machine."""
-        try:
-            return ipaddress.ip_address(self.host or "").is_loopback
-        except ValueError:
-            return False
+        host = self.host
+        return host is not None and _is_loopback(host)
 
     @property
     def is_loopback_or_private(self) -> bool:
@@ -237,6 +235,15 @@ def _encoded(parts: tuple[tuple[str, str], ...]) -> bytes:
             out += encode_varint(len(value))
         out += value
     return bytes(out)
+
+
+@lru_cache(maxsize=ADDRESSES_CACHED)
+@lru_cache(maxsize=ADDRESSES_CACHED)
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=ADDRESSES_CACHED)

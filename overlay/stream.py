@@ -16,6 +16,7 @@ from overlay import limits
 from overlay.errors import LimitExceeded, PeerdError, ProtocolRefused, ProtocolViolation, StreamClosed, StreamReset
 from overlay.identity import PeerId
 from overlay.multistream import Initiator, Responder, proposal
+from overlay.wake import Wake
 from overlay.yamux.session import Lane
 
 if TYPE_CHECKING:
@@ -54,21 +55,21 @@ class Stream:
         lane.owner = self
         self._initiator: Initiator | None = None
         self._responder: Responder | None = None
-        self._negotiated = asyncio.Event()
         self._deadline: float | None = None if lane.outbound else now + limits.NEGOTIATE_TIMEOUT_S
-        self._received: deque[bytes | bytearray] = deque()
+        self._received: deque[bytes | bytearray] | None = None
+        """What came while nobody was there to take it; most streams have a receiver, and never any of it."""
         self._received_bytes = 0
         self._eof = False
         self._error: PeerdError | None = None
         self._receiver: StreamReceiver | None = None
-        self._readable = asyncio.Event()
+        self._changed = Wake()
         self.outgoing: deque[memoryview] = deque()
         self.outgoing_bytes = 0
         self.scheduled = False
         self._is_heavy = False
         self._finish_after_drain = False
-        self._writable = asyncio.Event()
-        self._writable.set()
+        self._is_full = False
+        """Whether somebody waits for the queue to be low."""
 
     @property
     def remote_peer(self) -> PeerId:
@@ -103,7 +104,8 @@ class Stream:
 
     async def wait_negotiated(self) -> None:
         """Until both sides agreed. Raises ProtocolRefused, StreamReset, ConnectionLost."""
-        await self._negotiated.wait()
+        while not self.is_negotiated and self._error is None:
+            await self._changed.wait()
         if self._error is not None:
             raise self._error
 
@@ -145,7 +147,7 @@ class Stream:
             self.outgoing_bytes += len(view)
             self.connection.stream_negotiated(self)
             self.connection.flush_soon(self)
-        self._negotiated.set()
+        self._changed.wake()
         return rest
 
     # --- reading ---
@@ -157,8 +159,7 @@ class Stream:
                 return b""
             if self._error is not None:
                 raise self._error
-            self._readable.clear()
-            await self._readable.wait()
+            await self._changed.wait()
         chunk = self._received.popleft()
         if len(chunk) > max_bytes:
             self._received.appendleft(chunk[max_bytes:])
@@ -215,8 +216,8 @@ class Stream:
         """Wait until the queue is low. Raises as `write`."""
         try:
             while self.outgoing_bytes > limits.STREAM_WRITE_HIGH_WATER_BYTES and self._error is None:
-                self._writable.clear()
-                await self._writable.wait()
+                self._is_full = True
+                await self._changed.wait()
         except asyncio.CancelledError:
             self.reset()
             raise
@@ -255,10 +256,11 @@ class Stream:
         """The connection moved bytes off the queue."""
         if not self.outgoing:
             self._is_heavy = False
-        if self.outgoing_bytes <= limits.STREAM_WRITE_HIGH_WATER_BYTES:
-            self._writable.set()
+        if self._is_full and self.outgoing_bytes <= limits.STREAM_WRITE_HIGH_WATER_BYTES:
+            self._is_full = False
+            self._changed.wake()
         if self._finish_after_drain and not self.outgoing:
-            self.connection.session.finish(self.lane)
+            self._finish()
 
     async def close_write(self) -> None:
         """Send FIN after what is queued; reading goes on."""
@@ -269,13 +271,25 @@ class Stream:
         if self._error is None and self.lane.can_send and not self._finish_after_drain:
             self._finish_after_drain = True
             if not self.outgoing:
-                self.connection.session.finish(self.lane)
+                self._finish()
             self.connection.pump()
+
+    def _finish(self) -> None:
+        self.connection.session.finish(self.lane)
+        self._part_when_ended()
+
+    def _part_when_ended(self) -> None:
+        """What held each other lets go when nothing comes any more: it is freed at once, not when the collector finds it."""
+        if self.lane.has_ended:
+            self.lane.owner = None
+            if self._eof:
+                self._receiver = None
 
     def reset(self, code: str = "") -> None:
         """Give the stream up both ways; everything that waits on it raises StreamReset."""
         self._fail(StreamReset("The stream was reset on this side." + (f" ({code})" if code else "")))
         self.connection.session.reset(self.lane)
+        self.lane.owner = None
         self.connection.pump()
 
     async def close(self) -> None:
@@ -309,13 +323,15 @@ class Stream:
         if receiver is not None:
             self._consume(receiver, data)
             return
+        if self._received is None:
+            self._received = deque()
         last = self._received[-1] if self._received else b""
         if isinstance(last, bytearray) and len(last) < limits.STREAM_RECEIVE_PIECE_BYTES:
             last += data
         else:
             self._received.append(bytes(data) if len(data) >= limits.STREAM_RECEIVE_PIECE_BYTES else bytearray(data))
         self._received_bytes += len(data)
-        self._readable.set()
+        self._changed.wake()
 
     def eof_received(self) -> None:
         """The peer's FIN."""
@@ -323,13 +339,15 @@ class Stream:
         if not self.is_negotiated:
             self._fail(StreamClosed("The peer ended the stream before agreeing on its protocol."))
             return
-        self._readable.set()
+        self._changed.wake()
         if self._receiver is not None:
             self._receiver.eof_received()
+        self._part_when_ended()
 
     def lost(self, error: PeerdError) -> None:
         """The peer's RST, or the connection's end."""
         self._fail(error)
+        self.lane.owner = None
 
     def _fail(self, error: PeerdError) -> None:
         if self._error is not None:
@@ -340,8 +358,7 @@ class Stream:
             self.connection.unnegotiated -= 1
         self.outgoing.clear()
         self.outgoing_bytes = 0
-        for event in (self._readable, self._writable, self._negotiated):
-            event.set()
+        self._changed.wake()
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.stream_lost(error)

@@ -6,9 +6,7 @@ stream with a code and is reported to the receiver as the peer's fault. Knows no
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +18,7 @@ from overlay.rpc.frame import Admit, FrameDecoder, encode_frame, encode_header
 from overlay.rpc.signing import is_authentic, sign
 from overlay.rpc.types import Message, Part
 from overlay.stream import Stream
+from overlay.wake import Wake
 
 RECEIVED_MESSAGES_MAX = 64
 
@@ -70,8 +69,8 @@ class MessageChannel:
         self._send_sequence = 0
         self._receive_sequence = 0
         self._receiver: ChannelReceiver | None = None
-        self._queue: deque[Message] = deque()
-        self._waiting = asyncio.Event()
+        self._queue: list[Message] = []
+        self._arrived = Wake()
         self._ended = False
         self._error: PeerdError | None = None
         stream.set_receiver(self)
@@ -121,7 +120,7 @@ class MessageChannel:
         """Switch to push mode; what is queued is delivered at once."""
         self._receiver = receiver
         while self._queue and self._receiver is receiver:
-            receiver.message_received(self._queue.popleft())
+            receiver.message_received(self._queue.pop(0))
         if self._ended and self._receiver is receiver:
             self._receiver = None
             receiver.channel_lost(self._error)
@@ -133,9 +132,8 @@ class MessageChannel:
                 raise self._error
             if self._ended:
                 raise StreamClosed("The peer ended the conversation.")
-            self._waiting.clear()
-            await self._waiting.wait()
-        return self._queue.popleft()
+            await self._arrived.wait()
+        return self._queue.pop(0)
 
     def verify(self, message: Message) -> bool:
         """Whether the sender signed it; counts the time."""
@@ -174,7 +172,7 @@ class MessageChannel:
         if len(self._queue) >= RECEIVED_MESSAGES_MAX:
             raise ProtocolViolation("A peer sends more messages than were asked for.")
         self._queue.append(message)
-        self._waiting.set()
+        self._arrived.wake()
 
     def eof_received(self) -> None:
         """From the stream."""
@@ -197,7 +195,7 @@ class MessageChannel:
             return
         self._ended = True
         self._error = error
-        self._waiting.set()
+        self._arrived.wake()
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.channel_lost(error)

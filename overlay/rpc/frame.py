@@ -26,6 +26,7 @@ FLAG_SIGNED, FLAG_END = 1, 2
 FLAGS_KNOWN = 3
 PACK_BUFFER_BYTES = 1024
 """Where a header is packed; it grows when needed. The package's own choice of 256 KiB is mapped anew for every header."""
+NOTHING = memoryview(b"")
 UNDERSTOOD = frozenset(("k", "f", "t", "p", "nonce", "budget_ms"))
 """Header fields of this layer; a `crit` list may name these and what the layer above declares."""
 
@@ -107,12 +108,12 @@ class FrameDecoder:
     ) -> None:
         self._admit = admit
         self._message_bytes_max = message_bytes_max
-        self._understood = UNDERSTOOD | understood
+        self._understood = UNDERSTOOD | understood if understood else UNDERSTOOD
         self._state = _State.PREFIX
         self._want = PREFIX.size
         self._gathered = bytearray()
         self._body: bytearray | None = None
-        self._body_view = memoryview(b"")
+        self._body_view = NOTHING
         self._body_filled = 0
         self._digest: Any = None
         self._all_digest: Any = None
@@ -179,7 +180,7 @@ class FrameDecoder:
         body = self._body
         assert body is not None
         self._body = None
-        self._body_view = memoryview(b"")
+        self._body_view = NOTHING
         return body
 
     def _step(self, data: bytearray) -> Frame | None:

@@ -96,6 +96,10 @@ class Lane:
     owner: object = None
 
     @property
+    def has_ended(self) -> bool:
+        return self.state in (LaneState.CLOSED, LaneState.RESET)
+
+    @property
     def can_send(self) -> bool:
         return self.state in (LaneState.OPEN, LaneState.REMOTE_CLOSED)
 
@@ -419,7 +423,7 @@ class Session:
 
     def _move(self, lane: Lane, move: Move) -> None:
         lane.state = MOVES[lane.state, move]
-        if lane.state in (LaneState.CLOSED, LaneState.RESET):
+        if lane.has_ended:
             if lane.outbound and not lane.acked:
                 lane.acked = True
                 self._unacked -= 1

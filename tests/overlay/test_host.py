@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import weakref
 
 import pytest
 
@@ -463,6 +464,26 @@ def test_more_control_frames_than_a_message_holds_do_not_hold_up_the_data_behind
         connection.resume_writing()
         assert not stream.outgoing
         assert await stream.read_exactly(6) == b"behind"
+
+    run_hosts(2, scene)
+
+
+def test_a_stream_that_has_ended_is_freed_without_the_collector() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        serve_all(two)
+        stream = await one.open_stream(two.peer_id, ECHO, addresses=two.addresses)
+        await stream.write(b"once")
+        assert await stream.read_exactly(4) == b"once"
+        await stream.close()
+        left, lane = weakref.ref(stream), stream.lane
+        await until(lambda: not lane.can_receive)
+        gc.disable()
+        try:
+            del stream
+            await asyncio.sleep(0)
+            assert left() is None
+        finally:
+            gc.enable()
 
     run_hosts(2, scene)
 
