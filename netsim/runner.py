@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ REAL_S_GIVEN_UP = 3.0
 STORIES_AT_MOST = 4
 FAILURES_SAID = 10
 BYTES_PER_MBIT = 125_000
+ROUTES_CACHED = 1 << 16
 
 OnProgress = Callable[[float, int], None]
 """Told the share of the virtual time that is over, and the callbacks run."""
@@ -327,7 +329,12 @@ def _chosen_path(links: Links, seed: int) -> Callable[[str, str], Route]:
         bytes_per_s=None if links.path_mbit is None else links.path_mbit * BYTES_PER_MBIT,
         queue_bytes=links.path_queue_kib << 10,
     )
-    return lambda one, other: replace(usual, delay_s=one_way_delay_s(links, seed, one, other))
+
+    @lru_cache(maxsize=ROUTES_CACHED)
+    def choose(one: str, other: str) -> Route:
+        return replace(usual, delay_s=one_way_delay_s(links, seed, one, other))
+
+    return choose
 
 
 def peak_rss_mib() -> float:

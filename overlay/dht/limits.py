@@ -40,7 +40,7 @@ ADDRESS_BYTES_MAX = 300
 """Longer ones are not passed on: k contacts with all their addresses must fit a message's header."""
 CONSIDERED_AT_ONCE = 16
 CONTACTS_CACHED = 16384
-"""Read and written forms of contacts that are kept."""
+"""Read forms of contacts that are kept."""
 REFUSED_REMEMBERED_S = 30.0
 REFUSED_REMEMBERED_MAX = 1024
 FAILURES_MAX = 2

@@ -98,9 +98,7 @@ class DhtProtocol:
         return Message("stored", {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]})
 
     def _describe(self, target: bytes, asker: PeerId) -> list[tuple[bytes, tuple[bytes, ...]]]:
-        return [
-            (contact.peer.multihash, _encoded(contact.addresses)) for contact in self._peer.closest(Node(target), asker)
-        ]
+        return [(contact.peer.multihash, _written(contact)) for contact in self._peer.closest(Node(target), asker)]
 
     # --- calls ---
 
@@ -210,11 +208,13 @@ def _usable(raw: bytes) -> tuple[Multiaddr, bool] | None:
     return None if address is None or not address.is_tcp else (address, address.is_loopback_or_private)
 
 
-@lru_cache(maxsize=limits.CONTACTS_CACHED)
-def _encoded(addresses: tuple[Multiaddr, ...]) -> tuple[bytes, ...]:
+def _written(contact: Contact) -> tuple[bytes, ...]:
     """A peer chooses its own addresses: oversized ones must not make our answers fail."""
-    encoded = [address.encode() for address in addresses]
-    return tuple(raw for raw in encoded if len(raw) <= limits.ADDRESS_BYTES_MAX)[: limits.ADDRESSES_PER_CONTACT]
+    if contact.written is None or contact.written[0] != contact.addresses:
+        encoded = [address.encode() for address in contact.addresses]
+        fitting = tuple(raw for raw in encoded if len(raw) <= limits.ADDRESS_BYTES_MAX)
+        contact.written = contact.addresses, fitting[: limits.ADDRESSES_PER_CONTACT]
+    return contact.written[1]
 
 
 def is_gone(error: PeerdError) -> bool:

@@ -62,6 +62,8 @@ class Contact(Node):
         self.group = group
         self.seen = seen
         """When it last answered, or asked."""
+        self.written: tuple[tuple[Multiaddr, ...], tuple[bytes, ...]] | None = None
+        """The addresses and how they travel, kept since a contact is named to many; the protocol's."""
 
     def same_home_as(self, node: Node) -> bool:
         """The base compares addresses, which are absent here and so would all be equal."""
