@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Protocol
 
 from overlay.errors import LimitExceeded, ProtocolViolation
@@ -44,7 +44,7 @@ MARK_BIT = 1 << 31
 """Pings with this bit are marks in what is sent (`Session.mark`); the others ask whether the peer lives."""
 
 
-class LaneState(Enum):
+class LaneState(IntEnum):
     """Every phase of a stream; `Session._MOVES` is the table of what leads where."""
 
     OPEN = auto()
@@ -54,7 +54,7 @@ class LaneState(Enum):
     RESET = auto()
 
 
-class Move(Enum):
+class Move(IntEnum):
     """What changes a stream's phase."""
 
     SEND_FIN = auto()
