@@ -1,7 +1,7 @@
 """Many runs of many scenarios, side by side, and what is said of them together.
 
 Owns which runs are made (a seed twice, with two hash seeds, where sameness is asked for), their order (the longest first, so that
-the last doesn't run alone), and the verdict.
+the last doesn't keep the others' cores idle), and the verdict.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def run_parts(parts: Sequence[Part], jobs: int, plots: str = "", *, is_timed: bo
         scenario = part.prepared.scenario
         for seed in part.seeds:
             for hash_seed in HASH_SEEDS if part.is_twice else ("",):
-                task = Task(part.prepared.file, seed, scenario.real_s_max, hash_seed, plots, is_timed)
+                task = Task(
+                    part.prepared.file, seed, scenario.real_s_max, hash_seed, plots, is_timed, is_alone=scenario.alone
+                )
                 tasks.append((index, task))
     tasks.sort(key=lambda item: -item[1].real_s_max)
     progress = Progress(sys.stderr, f"{len(tasks)} runs")

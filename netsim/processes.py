@@ -1,6 +1,7 @@
 """Runs in processes of their own: many seeds side by side, and one seed twice to compare.
 
-Owns how a child is started and what its death means; a child prints its `Outcome` as one line of JSON.
+Owns how a child is started, which of them share the machine, and what a child's death means; a child prints its `Outcome` as one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ class Task:
     hash_seed: str = ""
     plots: str = ""
     is_timed: bool = True
+    is_alone: bool = False
+    """Whether nothing else may run meanwhile: cores share caches, and often two of them are one."""
 
 
 OnChange = Callable[[Sequence[Task], Sequence[Task]], None]
 OnDone = Callable[[Task, Outcome], None]
+Run = Callable[[Task], Outcome]
 
 
 def run_process(task: Task) -> Outcome:
@@ -61,25 +65,40 @@ def run_process(task: Task) -> Outcome:
         return Outcome.of_dead_process(name, task.file, task.seed, f"the process ended with {done.returncode}:\n{said}")
 
 
-def run_all(tasks: Sequence[Task], jobs: int, on_change: OnChange, on_done: OnDone) -> list[Outcome]:
-    """Every task, ``jobs`` at a time; outcomes in the order of the tasks.
+def run_all(
+    tasks: Sequence[Task], jobs: int, on_change: OnChange, on_done: OnDone, run: Run = run_process
+) -> list[Outcome]:
+    """Every task: first those that want the machine to themselves, one at a time, then the others, ``jobs`` at a time.
 
-    ``on_change`` hears now and then what is done and what runs, ``on_done`` of each task that ended.
+    Gives the outcomes in the order of the tasks. ``on_change`` hears now and then what is done and what runs, ``on_done`` of each task
+    that ended.
     """
     outcomes: dict[int, Outcome] = {}
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        futures: dict[Future[Outcome], int] = {}
-        try:
-            futures = {pool.submit(run_process, task): index for index, task in enumerate(tasks)}
-            left = set(futures)
-            while left:
-                done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
-                for index, outcome in sorted(((futures[one], one.result()) for one in done), key=lambda pair: pair[0]):
-                    outcomes[index] = outcome
-                    on_done(tasks[index], outcome)
-                running = [tasks[futures[one]] for one in futures if one in left and one.running()]
-                on_change([tasks[index] for index in outcomes], running)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    alone = [index for index, task in enumerate(tasks) if task.is_alone]
+    beside = [index for index, task in enumerate(tasks) if not task.is_alone]
+    for indices, at_once in ((alone, 1), (beside, max(1, jobs))):
+        with ThreadPoolExecutor(max_workers=at_once) as pool:
+            try:
+                futures = {pool.submit(run, tasks[index]): index for index in indices}
+                _wait_for(futures, tasks, outcomes, on_change, on_done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return [outcomes[index] for index in range(len(tasks))]
+
+
+def _wait_for(
+    futures: Mapping[Future[Outcome], int],
+    tasks: Sequence[Task],
+    outcomes: dict[int, Outcome],
+    on_change: OnChange,
+    on_done: OnDone,
+) -> None:
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
+        for index, outcome in sorted(((futures[one], one.result()) for one in done), key=lambda pair: pair[0]):
+            outcomes[index] = outcome
+            on_done(tasks[index], outcome)
+        running = [tasks[futures[one]] for one in futures if one in left and one.running()]
+        on_change([tasks[index] for index in outcomes], running)

@@ -242,6 +242,8 @@ class Scenario:
     real_s_max: float = 120.0
     """Of one core's time; over it is a failure."""
     rss_mib_max: float | None = None
+    alone: bool = False
+    """Whether no other run may share the machine with it: its figure of real time is the point."""
     endless: bool = False
     """Whether the workload goes on until the duration is over; another's not returning by then is a failure."""
     expected_errors: tuple[str, ...] = ()

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from netsim import campaign
 from netsim.campaign import Part, campaign_lines, hash_of, twice_lines
 from netsim.outcome import Outcome
+from netsim.processes import Task
 from netsim.runner import prepare
 
 SMALL = """
@@ -53,3 +57,24 @@ def test_a_run_that_differs_is_a_failure_with_both_hashes(tmp_path: Path) -> Non
     assert twice_lines([different])[0] == "NOT THE SAME TWICE: one, seed 1: aa and bb"
     assert campaign._result(part, {1: [ran("aa"), ran("aa")]}).passed
     assert not campaign._result(part, {1: [ran(""), ran("")]}).passed
+
+
+def test_a_scenario_that_is_to_run_alone_says_so_of_each_of_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one,) = parts(tmp_path, one=False)
+    (tmp_path / "two.toml").write_text(SMALL.replace("endless", "alone = true\nendless"))
+    two = Part(prepare(tmp_path / "two.toml"), (1,), True)
+    made: list[Task] = []
+
+    def run_none(tasks: Sequence[Task], *_: object) -> list[Outcome]:
+        made.extend(tasks)
+        return [ran("aa") for _ in tasks]
+
+    monkeypatch.setattr(campaign, "run_all", run_none)
+    assert all(result.passed for result in campaign.run_parts([one, two], 2))
+    assert sorted((Path(task.file).stem, task.is_alone) for task in made) == [
+        ("one", False),
+        ("two", True),
+        ("two", True),
+    ]
