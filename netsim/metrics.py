@@ -1,14 +1,14 @@
 """What a run measured: counts, values, observations with percentiles, and series for the plots. Pure.
 
-Names are dotted lower-case words with their unit last (`lookup_s`, `found.share`). An observation may say *of* whom it is (a
-host or a session), so that a failed check can name whose story to tell.
+Names are dotted lower-case words with their unit last (`lookup_s`, `found.share`). Whatever is measured may say *of* whom it is (a
+host or a session), and who still owes a number something, so that a failed check can name whose story to tell.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 OBSERVATIONS_AT_MOST = 2_000_000
@@ -45,6 +45,7 @@ class Metrics:
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
         self._culprits: dict[str, str] = {}
+        self._debtors: dict[str, dict[str, None]] = {}
         self._observed: dict[str, _Observed] = {}
         self._series: dict[str, tuple[array[float], array[float]]] = {}
         self.dropped = 0
@@ -61,6 +62,14 @@ class Metrics:
         self._counts[name] = value
         if of:
             self._culprits[name] = of
+
+    def owed_by(self, name: str, whom: Iterable[str]) -> None:
+        """Those by whom a number is broken that is too low or never comes, until they `gave`; others owe it nothing."""
+        self._debtors[name] = dict.fromkeys(whom)
+
+    def gave(self, name: str, of: str) -> None:
+        """Owes ``name`` nothing any more."""
+        self._debtors.get(name, {}).pop(of, None)
 
     def observe(self, name: str, value: float, of: str = "") -> None:
         """One of many values, of which the run reports `STATISTICS`."""
@@ -110,10 +119,16 @@ class Metrics:
         """Every observed value by name, in the order of observation; for histograms."""
         return {name: tuple(observed.values) for name, observed in sorted(self._observed.items())}
 
-    def culprit(self, name: str, *, too_high: bool) -> str:
-        """Whom a bound on ``name`` was broken by, if anybody said; else nothing."""
-        plain = name.rpartition(".")[0] if name.rpartition(".")[2] in STATISTICS else ""
-        observed = self._observed.get(plain)
+    def culprits(self, name: str, *, too_high: bool) -> tuple[str, ...]:
+        """Whom a bound on ``name`` was broken by, if anybody said: those who owe it something, where it isn't too high; else the one
+        whose value it was.
+        """
+        plain, _, statistic = name.rpartition(".")
+        observed = self._observed.get(plain) if statistic in STATISTICS else None
+        debtors = self._debtors.get(name if observed is None else plain)
+        if debtors and not too_high:
+            return tuple(debtors)
+        culprit = self._culprits.get(name, "")
         if observed is not None:
-            return (observed.highest if too_high else observed.lowest)[1]
-        return self._culprits.get(name, "")
+            _, culprit = observed.highest if too_high else observed.lowest
+        return (culprit,) if culprit else ()

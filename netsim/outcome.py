@@ -20,7 +20,8 @@ class Checked:
     bound: str
     value: float | None
     holds: bool
-    culprit: str = ""
+    culprits: tuple[str, ...] = ()
+    """Whom it was broken by: hosts, sessions, or what else the workload names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Outcome:
     checks: tuple[Checked, ...]
     failures: tuple[str, ...]
     stories: Mapping[str, tuple[str, ...]]
+    """Of those concerned; that of nobody ("") is what happened last in the whole run."""
     trace_hash: str
     trace_lines: int
     events: int
@@ -64,7 +66,7 @@ class Outcome:
     def from_json(cls, text: str) -> Outcome:
         """What `to_json` said. Raises ValueError, TypeError, KeyError for anything else."""
         told: dict[str, Any] = json.loads(text)
-        told["checks"] = tuple(Checked(**check) for check in told["checks"])
+        told["checks"] = tuple(Checked(**{**check, "culprits": tuple(check["culprits"])}) for check in told["checks"])
         told["failures"] = tuple(told["failures"])
         told["stories"] = {name: tuple(lines) for name, lines in told["stories"].items()}
         return cls(**told)

@@ -15,6 +15,7 @@ from netsim.outcome import Checked, Outcome
 BAR_CELLS = 30
 STORY_INDENT = "      "
 SEEDS_SAID = 8
+CULPRITS_SAID = 6
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
@@ -118,16 +119,23 @@ def failure_lines(outcome: Outcome) -> list[str]:
     lines = [f"  FAILED: {outcome.scenario}, seed {outcome.seed}"]
     for one in outcome.checks:
         if not one.holds:
-            whose = f" (of {one.culprit})" if one.culprit else ""
-            lines.append(f"    {one.metric} is {said(one.value)}, wanted {one.bound}{whose}")
+            lines.append(f"    {one.metric} is {said(one.value)}, wanted {one.bound}{_whose(one.culprits)}")
     for failure in outcome.failures:
         first, *rest = failure.rstrip().splitlines() or [""]
         lines += [f"    {first}", *(f"    {line}" for line in rest)]
     for name, story in outcome.stories.items():
-        lines.append(f"    the story of {name}, its last {len(story)} lines:")
+        whose = f"the story of {name}, its last {len(story)} lines" if name else "what happened last in the run"
+        lines.append(f"    {whose}:")
         lines += [STORY_INDENT + line for line in story]
     lines.append(f"  again: {outcome.replay}")
     return lines
+
+
+def _whose(culprits: Sequence[str]) -> str:
+    if not culprits:
+        return ""
+    more = len(culprits) - CULPRITS_SAID
+    return f" (of {', '.join(culprits[:CULPRITS_SAID])}{f' and {more} more' if more > 0 else ''})"
 
 
 def seeds_lines(outcomes: Sequence[Outcome], about: str) -> list[str]:

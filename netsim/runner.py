@@ -253,10 +253,6 @@ class _Run:
         numbers = self.metrics.numbers()
         failures = self._failures(numbers, real_s)
         checks = tuple(self._checked(metric, numbers) for metric in scenario.checks)
-        names = [failure.host for failure in self._world.failures] if self._world is not None else []
-        names += [failure.host for failure in self.loop.failures]
-        names += [check.culprit for check in checks if not check.holds]
-        told = [name for name in dict.fromkeys(names) if name][:STORIES_AT_MOST]
         return Outcome(
             scenario.name,
             self.prepared.file,
@@ -264,7 +260,7 @@ class _Run:
             numbers,
             checks,
             tuple(failures),
-            {name: self.trace.story(name) for name in told},
+            self._stories([check for check in checks if not check.holds]),
             self._hash or self.trace.hexdigest(),  # of a run that the loop itself ended: as far as it came
             self.trace.lines,
             self._events,
@@ -275,6 +271,16 @@ class _Run:
             self.metrics.observations(),
             tuple(mark for mark in self._world.marks if mark[0] < self._virtual_s) if self._world is not None else (),
         )
+
+    def _stories(self, broken: Sequence[Checked]) -> dict[str, tuple[str, ...]]:
+        """Of those whom failures and broken checks name; and the run's own ("") where one names nobody of whom anything is known."""
+        names = [failure.host for failure in self._world.failures] if self._world is not None else []
+        names += [failure.host for failure in self.loop.failures]
+        names += [next(filter(self.trace.story, check.culprits), "") for check in broken]
+        is_runs_own = not all(names)
+        names += [name for check in broken for name in check.culprits]
+        told = [name for name in dict.fromkeys(names) if name and self.trace.story(name)][:STORIES_AT_MOST]
+        return {name: self.trace.story(name) for name in told + [""] * is_runs_own}
 
     def _failures(self, numbers: Mapping[str, float], real_s: float) -> list[str]:
         world = self._world
@@ -298,8 +304,8 @@ class _Run:
         bound, value = self.prepared.scenario.checks[metric], numbers.get(metric)
         holds = bound.holds(value)
         too_high = value is not None and bound.max is not None and value > bound.max
-        culprit = "" if holds else self.metrics.culprit(metric, too_high=too_high)
-        return Checked(metric, str(bound), value, holds, culprit)
+        culprits = () if holds else self.metrics.culprits(metric, too_high=too_high)
+        return Checked(metric, str(bound), value, holds, culprits)
 
 
 async def _first_end(workload: asyncio.Task[None], failed: asyncio.Task[Any], *others: asyncio.Task[None]) -> None:

@@ -20,6 +20,8 @@ LINES_PER_STORY = 40
 TALK = ("data", "fin", "dial", "open", "accept", "refused", "broken", "end")
 """What every host does all the time: of these a story has fewer lines, so that they don't drown the others."""
 TALK_PER_STORY = 12
+OF_THE_RUN = ("fault", "run")
+"""What befalls hosts, and what ends the run: of these the last are the story of the whole run."""
 SESSIONS_AT_MOST = 4096
 """Sessions whose stories are kept; the one that was silent for longest is forgotten first."""
 NOTE_CHARACTERS = 400
@@ -44,6 +46,7 @@ class Trace:
         self._hosts: dict[str, deque[Record]] = {}
         self._talk: dict[str, deque[Record]] = {}
         self._sessions: OrderedDict[str, deque[Record]] = OrderedDict()
+        self._run: deque[Record] = deque(maxlen=LINES_PER_STORY)
         self._lines = 0
         self._is_closed = False
         self.listener: Callable[[str], None] | None = None
@@ -67,6 +70,8 @@ class Trace:
         if ring is None:
             ring = rings[host] = deque(maxlen=length)
         ring.append(record)
+        if kind in OF_THE_RUN:
+            self._run.append(record)
         if session:
             self._remember_session(session, record)
         if self.listener is not None:
@@ -88,21 +93,26 @@ class Trace:
         if self.listener is not None:
             self.listener(_line(record))
 
-    def note(self, host: str, text: str, session: str = "") -> None:
+    def note(self, host: str, text: str, session: str = "", *, of_the_run: bool = False) -> None:
         """Remembered for the story, never hashed: what a log line or an exception says."""
         if self._is_closed:
             return
         flat = _OBJECT_ADDRESS.sub("0x...", " | ".join(text.splitlines()))[:NOTE_CHARACTERS]
         record = (self._now(), "note", host, flat, NO_BYTES, 0)
         self._hosts.setdefault(host, deque(maxlen=LINES_PER_STORY)).append(record)
+        if of_the_run or not host:
+            self._run.append(record)
         if session:
             self._remember_session(session, record)
         if self.listener is not None:
             self.listener(_line(record))
 
     def story(self, name: str) -> tuple[str, ...]:
-        """The last lines of a session or a host, oldest first, with the seconds since the start; empty when nothing is known of it."""
-        records = list(self._sessions.get(name, ()))
+        """The last lines of a session or a host, oldest first, with the seconds since the start; empty when nothing is known of it.
+
+        That of nobody ("") is the run's own: what befell hosts last, failures, how it ended.
+        """
+        records = list(self._sessions.get(name, ()) if name else self._run)
         if not records:
             records = [*self._hosts.get(name, ()), *self._talk.get(name, ())]
             records.sort(key=lambda record: record[0])

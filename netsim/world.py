@@ -374,7 +374,7 @@ class World:
 
     def fail(self, host: str, text: str) -> None:
         """The run has failed, whatever its checks say; unless the scenario names this error."""
-        self.trace.note(host, f"FAILED: {(text.strip().splitlines() or [''])[-1]}")
+        self.trace.note(host, f"FAILED: {(text.strip().splitlines() or [''])[-1]}", of_the_run=True)
         if any(expected in text for expected in self._expected_errors):
             return
         if len(self.failures) < FAILURES_AT_MOST:

@@ -99,6 +99,7 @@ class Batches:
         async with asyncio.TaskGroup() as background:
             sampling = background.create_task(self._sample(), name="sampling")
             await self._wait_online()
+            self.metrics.owed_by("batches.done", (machine.name for machine in self.world.group(self.settings.drivers)))
             async with asyncio.TaskGroup() as asking:
                 for machine in self.world.group(self.settings.drivers):
                     asking.create_task(self._drive(machine), name=f"{machine.name} asks")
@@ -134,6 +135,7 @@ class Batches:
             except (PeerdError, HostDied) as error:
                 self.world.trace.note(machine.name, f"no gradients: {error!r}")
                 self.metrics.count("batches.failed", of=machine.name)
+                self.metrics.count("batches.done", 0, of=machine.name)
             else:
                 took_s = self.world.now_s - began_s
                 is_struck = struck.done() and struck.result()
@@ -141,6 +143,7 @@ class Batches:
                 self._compare(machine, asked, output, (grads.hidden, grads.prompts))
             struck.cancel()
             await asyncio.sleep(ASK_AGAIN_S)
+        self.metrics.gave("batches.done", machine.name)
 
     def _batch(self, draws: random.Random) -> _Asked:
         settings = self.settings

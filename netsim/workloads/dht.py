@@ -7,7 +7,7 @@ says who published it, so what is found can be judged. Findings are compared wit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -78,7 +78,7 @@ class Field:
     async def wait_joined(self, names: Sequence[str] | None = None) -> None:
         """Until every host (or every one of those) runs and has joined; measures it."""
         wanted = [self.world.machines[name] for name in (self.world.machines if names is None else names)]
-        while any(not is_joined(machine) for machine in wanted):  # noqa: ASYNC110 - virtual time is cheap
+        while self._owe_joining(machine.name for machine in wanted if not is_joined(machine)):  # noqa: ASYNC110 - virtual time is cheap
             await asyncio.sleep(POLL_S)
         for machine in wanted:
             self.metrics.observe("join_s", peer_of(machine).join_s, of=machine.name)
@@ -87,6 +87,13 @@ class Field:
         self.metrics.put("join.calls", calls / len(wanted))
         for machine in wanted:
             self.metrics.observe("contacts", peer_of(machine).dht.statistics().contacts, of=machine.name)
+
+    def _owe_joining(self, names: Iterable[str]) -> bool:
+        """Whether there are any who didn't join; a run that ends now tells who."""
+        missing = tuple(names)
+        for metric in ("joined", "join_s", "contacts"):
+            self.metrics.owed_by(metric, missing)
+        return bool(missing)
 
     def settled(self) -> None:
         """From now on the number of each host's connections counts."""

@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 
 from netsim.arithmetic import PRIME, Arithmetic
 from netsim.metrics import Metrics
-from netsim.mischief import Mischief
+from netsim.mischief import CELLS, Mischief
 from netsim.peers.node import TORCH, Answer, NodePeer, NodeSettings, use_no_threads
 from netsim.sim_host import Machine
 from netsim.strikes import STRIKES, Strike, Striker
@@ -122,6 +122,7 @@ class Texts:
         if not settings.copies and not settings.swaps:
             await self._run()
             return
+        self.metrics.owed_by("cells", (f"copies.{cell.name}" for cell in CELLS))
         draws = self.world.random("mischief")
         mischief = Mischief(self.world.loop, draws, settings.copies, settings.swaps, self._count_copy)
         with mischief.entered():
@@ -132,6 +133,7 @@ class Texts:
         if name not in self._cells:
             self._cells[name] = None
             self.metrics.put("cells", len(self._cells))
+            self.metrics.gave("cells", name)
         self.metrics.count("copies")
         self.metrics.count(name)
 
@@ -140,6 +142,7 @@ class Texts:
         async with asyncio.TaskGroup() as background:
             sampling = background.create_task(self._sample(), name="sampling")
             await self._wait_online()
+            self.metrics.owed_by("texts.done", (machine.name for machine in self.world.group(settings.drivers)))
             async with asyncio.TaskGroup() as asking:
                 for machine in self.world.group(settings.drivers):
                     asking.create_task(self._drive(machine), name=f"{machine.name} asks")
@@ -171,6 +174,7 @@ class Texts:
             plan = [self._strike(draws, count, index) for _ in range(self.settings.strikes_per_text)]
             await self._until_done(machine, prompt, count, plan)
             await asyncio.sleep(draws.uniform(*self.settings.think_s))
+        self.metrics.gave("texts.done", machine.name)
 
     async def _until_done(self, machine: Machine, prompt: tuple[int, ...], count: int, plan: Sequence[Strike]) -> None:
         """Ask; again when the driver died meanwhile."""
@@ -188,6 +192,7 @@ class Texts:
             except PeerdError as error:
                 self.world.trace.note(machine.name, f"no text: {error.code}: {error}")
                 self.metrics.count("texts.failed", of=machine.name)
+                self.metrics.count("texts.done", 0, of=machine.name)
                 return
             self._note(machine, answer, self._expected(prompt, count), is_struck=text.is_struck)
             return

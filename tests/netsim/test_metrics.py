@@ -47,10 +47,27 @@ def test_a_bound_that_broke_names_whose_value_it_was() -> None:
     metrics.observe("lookup_s", 9.0, of="home-9")
     metrics.observe("lookup_s", 1.0, of="home-1")
     metrics.count("lost", of="home-4")
-    assert metrics.culprit("lookup_s.p99", too_high=True) == "home-9"
-    assert metrics.culprit("lookup_s.min", too_high=False) == "home-1"
-    assert metrics.culprit("lost", too_high=True) == "home-4"
-    assert metrics.culprit("unknown", too_high=True) == ""
+    assert metrics.culprits("lookup_s.p99", too_high=True) == ("home-9",)
+    assert metrics.culprits("lookup_s.min", too_high=False) == ("home-1",)
+    assert metrics.culprits("lost", too_high=True) == ("home-4",)
+    assert metrics.culprits("unknown", too_high=True) == ()
+
+
+def test_a_number_that_is_too_low_names_all_who_still_owe_it_something() -> None:
+    metrics = Metrics()
+    for name in ("joined", "contacts"):
+        metrics.owed_by(name, ["home-0"])
+        metrics.owed_by(name, ["home-1", "home-2", "home-3"])
+    metrics.gave("joined", "home-2")
+    metrics.gave("never heard of", "home-2")
+    metrics.put("joined", 1, of="home-9")
+    metrics.observe("contacts", 4, of="home-2")
+    assert metrics.culprits("joined", too_high=False) == ("home-1", "home-3")
+    assert metrics.culprits("joined", too_high=True) == ("home-9",)
+    assert metrics.culprits("contacts.min", too_high=False) == ("home-1", "home-2", "home-3")
+    metrics.gave("joined", "home-1")
+    metrics.gave("joined", "home-3")
+    assert metrics.culprits("joined", too_high=False) == ("home-9",)
 
 
 def test_series_keep_their_points_in_order() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -18,7 +19,7 @@ from netsim.report import (
 
 
 def outcome(seed: int, value: float, *, holds: bool = True, failures: tuple[str, ...] = ()) -> Outcome:
-    check = Checked("lookup_s.p50", "<= 2", value, holds, "" if holds else "home-3")
+    check = Checked("lookup_s.p50", "<= 2", value, holds, () if holds else ("home-3",))
     stories = {} if holds else {"home-3": ("    1.000000  fault home-3 kill",)}
     numbers = {"lookup_s.p50": value, "found": 12.0}
     return Outcome(
@@ -64,6 +65,15 @@ def test_a_failure_tells_why_whose_story_and_how_to_run_it_again() -> None:
     assert "      boom" in text
     assert "the story of home-3, its last 1 lines:\n          1.000000  fault home-3 kill" in text
     assert text.endswith("again: python -m netsim run scenarios/dht.toml --seed 7")
+
+
+def test_a_failure_names_a_few_of_many_culprits_and_what_the_run_did_last_where_nobody_is_known() -> None:
+    check = Checked("joined", ">= 9", 1.0, False, tuple(f"home-{number}" for number in range(1, 10)))
+    stories = {"": ("    2.000000  fault home-7 kill",)}
+    failed = dataclasses.replace(outcome(7, 1.0), checks=(check,), stories=stories)
+    text = "\n".join(failure_lines(failed))
+    assert "joined is 1, wanted >= 9 (of home-1, home-2, home-3, home-4, home-5, home-6 and 3 more)" in text
+    assert "    what happened last in the run:\n          2.000000  fault home-7 kill" in text
 
 
 def test_many_seeds_are_one_table_of_lowest_median_highest_with_those_that_failed() -> None:

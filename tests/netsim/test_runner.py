@@ -98,6 +98,23 @@ class Stuck(Quiet):
             await asyncio.sleep(0)
 
 
+class Owing(Quiet):
+    """Two of three never give what they owe."""
+
+    async def run(self) -> None:
+        self.metrics.owed_by("asked", [*self.world.machines, "the world at large"])
+        self.metrics.gave("asked", "home-2")
+        await asyncio.sleep(1e6)
+
+
+class Blameless(Quiet):
+    async def run(self) -> None:
+        await asyncio.sleep(1)
+        self.metrics.count("asked", 5)
+        self.world.kill(self.world.machines["home-2"])
+        self.world.partition(["home-1"], ["home-3"])
+
+
 class Undeclared(Quiet):
     async def run(self) -> None:
         await super().run()
@@ -146,8 +163,26 @@ def test_a_broken_bound_fails_and_tells_the_story_of_its_culprit(run: Any) -> No
     outcome = run(Quiet, asked_min=6)
     assert not outcome.passed
     (check,) = outcome.checks
-    assert (check.value, check.bound, check.holds, check.culprit) == (5, ">= 6", False, "home-2")
+    assert (check.value, check.bound, check.holds, check.culprits) == (5, ">= 6", False, ("home-2",))
     assert any("start 1" in line for line in outcome.stories["home-2"])
+    assert "" not in outcome.stories
+
+
+def test_a_number_that_never_came_tells_the_stories_of_those_who_owe_it(run: Any) -> None:
+    outcome = run(Owing)
+    (check,) = outcome.checks
+    assert (check.value, check.culprits) == (None, ("home-1", "home-3", "the world at large"))
+    assert list(outcome.stories) == ["home-1", "home-3", ""], "the time that was over is nobody's"
+    assert any("FAILED" in line and "wasn't done" in line for line in outcome.stories[""])
+
+
+def test_a_number_that_blames_nobody_tells_what_befell_the_run_last(run: Any) -> None:
+    outcome = run(Blameless, asked_min=6)
+    assert list(outcome.stories) == [""]
+    assert [line.split()[1:] for line in outcome.stories[""]][-2:] == [
+        ["fault", "home-2", "kill"],
+        ["fault", "partition", "1", "1", "1", "both", "ways"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,18 @@ def test_words_that_move_between_the_fields_of_a_line_give_another_hash() -> Non
         trace.add(*line)
         digests.append(trace.hexdigest())
     assert len(set(digests)) == 3
+
+
+def test_the_story_of_nobody_is_what_befell_hosts_and_failed_last_in_the_whole_run() -> None:
+    trace = Trace(Hand().now)
+    trace.add("fault", "a", "kill")
+    trace.add("looked", "a", "nothing found")
+    trace.note("b", "only b's own")
+    trace.note("b", "FAILED", of_the_run=True)
+    trace.add("run", "", "the time is over")
+    assert [line.split(maxsplit=1)[1] for line in trace.story("")] == [
+        "fault a kill",
+        "note b FAILED",
+        "run  the time is over",
+    ]
+    assert len(trace.story("b")) == 2
