@@ -124,10 +124,11 @@ class Metrics:
         whose value it was.
         """
         plain, _, statistic = name.rpartition(".")
-        observed = self._observed.get(plain) if statistic in STATISTICS else None
-        debtors = self._debtors.get(name if observed is None else plain)
+        is_statistic = statistic in STATISTICS
+        debtors = self._debtors.get(name) or (self._debtors.get(plain) if is_statistic else None)
         if debtors and not too_high:
             return tuple(debtors)
+        observed = self._observed.get(plain) if is_statistic else None
         culprit = self._culprits.get(name, "")
         if observed is not None:
             _, culprit = observed.highest if too_high else observed.lowest

@@ -11,6 +11,7 @@ import pytest
 
 from netsim.outcome import Outcome
 from netsim.runner import prepare, run_seed
+from netsim.scenario import Fault
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 
@@ -57,6 +58,23 @@ def test_liars_near_a_key_neither_store_nor_hide_anything() -> None:
     outcome = small("dht-flood", 17, ids_tried=200, flood_s=12.0, publishers=2, lookers=3, settle_s=8.0)
     assert_good(outcome, "offered", "liars.nearest")
     assert outcome.numbers["offered"] > 100
+
+
+def test_the_host_that_did_not_join_is_named_and_its_story_told() -> None:
+    prepared = prepare(SCENARIOS / "dht-join.toml")
+    hosts = {
+        "boot": replace(prepared.scenario.hosts["boot"], count=1),
+        "home": replace(prepared.scenario.hosts["home"], count=4, start_s=(0.0, 1.0)),
+    }
+    lost = Fault(1.0, "power-off", names=("home-3",))
+    scenario = replace(prepared.scenario, hosts=hosts, faults=(lost,), duration_s=15.0)
+    outcome = run_seed(replace(prepared, scenario=scenario), 1, is_timed=False)
+    assert {check.metric: check.culprits for check in outcome.checks} == {
+        "joined": ("home-3",),
+        "join_s.p99": ("home-3",),
+        "contacts.min": ("home-3",),
+    }
+    assert any("fault home-3 power-off" in line for line in outcome.stories["home-3"])
 
 
 @pytest.mark.parametrize("seed", [3])

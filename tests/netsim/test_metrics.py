@@ -55,7 +55,7 @@ def test_a_bound_that_broke_names_whose_value_it_was() -> None:
 
 def test_a_number_that_is_too_low_names_all_who_still_owe_it_something() -> None:
     metrics = Metrics()
-    for name in ("joined", "contacts"):
+    for name in ("joined", "contacts", "join_s"):
         metrics.owed_by(name, ["home-0"])
         metrics.owed_by(name, ["home-1", "home-2", "home-3"])
     metrics.gave("joined", "home-2")
@@ -64,7 +64,8 @@ def test_a_number_that_is_too_low_names_all_who_still_owe_it_something() -> None
     metrics.observe("contacts", 4, of="home-2")
     assert metrics.culprits("joined", too_high=False) == ("home-1", "home-3")
     assert metrics.culprits("joined", too_high=True) == ("home-9",)
-    assert metrics.culprits("contacts.min", too_high=False) == ("home-1", "home-2", "home-3")
+    for statistic in ("contacts.min", "join_s.p99"):
+        assert metrics.culprits(statistic, too_high=False) == ("home-1", "home-2", "home-3")
     metrics.gave("joined", "home-1")
     metrics.gave("joined", "home-3")
     assert metrics.culprits("joined", too_high=False) == ("home-9",)

@@ -48,6 +48,8 @@ def test_hops_that_are_struck_cost_pauses_and_no_token() -> None:
 def test_copies_that_come_twice_early_late_or_swapped_cost_no_token() -> None:
     outcome = ran("session-copies", 2, texts=1, copies=0.2)
     assert outcome.numbers["cells"] > len(CELLS) / 2
+    (check,) = (check for check in outcome.checks if check.metric == "cells")
+    assert len(check.culprits) == len(CELLS) - outcome.numbers["cells"] > 0, "the cells that never came are named"
     assert outcome.numbers["replays"] >= 1
 
 
