@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from netsim.campaign import Part, campaign_lines, hash_of, run_parts, twice_lines
 from netsim.outcome import Outcome
@@ -25,8 +26,8 @@ ABOUT_CHARACTERS = 90
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    given = _parser().parse_args(arguments)
     try:
+        given = _parser().parse_args(arguments)
         if given.command == "list":
             return _list(Path(given.directory))
         if given.command == "bench":
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return bench()
         return _all(given) if given.command == "all" else _run(given)
-    except ScenarioError as error:
+    except (ScenarioError, _Misused) as error:
         print(f"netsim: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
@@ -45,23 +46,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Misused(Exception):
+    """Arguments that make no sense."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _Misused(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m netsim", description="The production code in virtual time.")
+    parser = _Parser(prog="python -m netsim", description="The production code in virtual time.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="what scenarios there are")
     listing.add_argument("directory", nargs="?", default=str(SCENARIOS))
     commands.add_parser("bench", help="how fast the simulator is: fabric events and RPCs per second")
     every = commands.add_parser("all", help="run every scenario once, and some seeds of one twice to compare")
     every.add_argument("directory", nargs="?", default=str(SCENARIOS))
-    every.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
+    every.add_argument("--jobs", type=_jobs, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
     every.add_argument("--repeat", default="", metavar="NAME", help="the scenario whose seeds are run twice each")
     every.add_argument("--seeds", type=_seeds, default=range(1, 21), metavar="A:B", help="its seeds (default 1:20)")
     every.add_argument("--table", default="", metavar="FILE", help="write a Markdown table of the results")
     run = commands.add_parser("run", help="run scenarios")
     run.add_argument("files", nargs="+", metavar="FILE", help="a scenario's file, or its name in scenarios/")
-    run.add_argument("--seed", type=int, default=None, metavar="N", help="one seed (default 1)")
+    run.add_argument("--seed", type=_seed, default=None, metavar="N", help="one seed (default 1)")
     run.add_argument("--seeds", type=_seeds, default=None, metavar="A:B", help="every seed from A to B")
-    run.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
+    run.add_argument("--jobs", type=_jobs, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
     run.add_argument("--plots", default="", metavar="DIR", help="draw PNGs into DIR (needs the extra `plots`)")
     run.add_argument("--twice", action="store_true", help="run each seed in two processes and compare the hashes")
     run.add_argument("--verbose", action="store_true", help="print every event and log line (one seed of one scenario)")
@@ -71,14 +83,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _jobs(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return number
+
+
 def _seeds(text: str) -> range:
     first, _, last = text.partition(":")
-    try:
-        seeds = range(int(first), int(last or first) + 1)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't A:B") from error
-    if not 0 < len(seeds) <= SEEDS_AT_MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} are {len(seeds)} seeds; 1 to {SEEDS_AT_MOST} can be run")
+    seeds = range(_seed(first), _seed(last or first) + 1)
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} goes backwards: write {last}:{first}")
+    if len(seeds) > SEEDS_AT_MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} are {len(seeds):,} seeds; {SEEDS_AT_MOST:,} can be run at once")
     return seeds
 
 

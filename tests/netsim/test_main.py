@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from netsim.__main__ import main
+
 ROOT = Path(__file__).parents[2]
 SMALL = """
 about = "Ten hosts come, go, freeze and crash while they ask each other."
@@ -133,3 +137,30 @@ def test_what_cannot_be_run_or_written_is_said_in_a_sentence_before_anything_run
     ):
         done = netsim(*arguments)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"netsim: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "the following arguments are required: command; see python -m netsim --help"),
+        ("fly", "command: invalid choice: 'fly'"),
+        ("run", "the following arguments are required: FILE; see python -m netsim run --help"),
+        ("run smoke --sead 1", "unrecognized arguments: --sead 1"),
+        ("run smoke --seed -1", "--seed: -1 is less than 0"),
+        ("run smoke --seed one", "--seed: 'one' is no whole number"),
+        ("run smoke --seeds 5:2", "--seeds: '5:2' goes backwards: write 2:5"),
+        ("run smoke --seeds=-5:2", "--seeds: -5 is less than 0"),
+        ("run smoke --seeds 1:x", "--seeds: 'x' is no whole number"),
+        ("run smoke --seeds 0:10000", "--seeds: '0:10000' are 10,001 seeds; 10,000 can be run at once"),
+        ("run smoke --seeds", "--seeds: expected one argument"),
+        ("all --jobs 0", "--jobs: 0 is less than 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_exit_2_with_one_sentence(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.split()) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"netsim: {said}")
+    assert told.err.count("\n") == 1
