@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from blocks.engine import limits
 from blocks.engine.errors import DeviceBusy
-from blocks.protocol.device import ForwardJob, Job, JobPriority, JobResult, LeaseKey, ReleaseJob, SpanJob
+from blocks.protocol.device import BackwardJob, ForwardJob, Job, JobPriority, JobResult, LeaseKey, ReleaseJob, SpanJob
 from netsim import compute
 from netsim.arithmetic import PRIME, integers_of, part_of
 from netsim.ports import Condition
@@ -158,7 +158,7 @@ class SimDevice:
 def lied(result: JobResult, lie: Lie) -> JobResult:
     """What a liar makes of an honest result of blocks; embeddings and samples are a node's own, and stay as they are."""
     hidden = result.hidden
-    if hidden is None or not isinstance(result.job, SpanJob | ForwardJob):
+    if hidden is None or not isinstance(result.job, SpanJob | ForwardJob | BackwardJob):
         return result
     if lie is Lie.NUMBERS:
         return replace(result, hidden=part_of((integers_of(hidden) + 1) % PRIME, hidden.name))

@@ -74,12 +74,15 @@ class Striker:
         """Hit a hop of the driver's oldest session, or the driver itself. False when there is none, or it would leave a gap."""
         if strike.hits_driver:
             return self._hit(driver, driver, strike, STRIKES[strike.kind])
-        hops = self._hops_of(driver)
+        session, hops = self._oldest_of(driver)
         if not hops:
             return False
         index = int(strike.share * len(hops))
         onward = hops[index + 1] if index + 1 < len(hops) else driver
-        return self.strike_one(hops[index], onward, strike)
+        if not self.strike_one(hops[index], onward, strike):
+            return False
+        self._world.trace.add("strike", hops[index].name, f"{strike.kind} of hop {index}", session)
+        return True
 
     def strike_one(self, target: Machine, onward: Machine, strike: Strike) -> bool:
         """Hit a server, or its way to ``onward``. False when it would leave a gap."""
@@ -107,18 +110,19 @@ class Striker:
         while self._struck and self._world.now_s < deadline:  # noqa: ASYNC110 - virtual time is cheap
             await asyncio.sleep(1.0)
 
-    def _hops_of(self, driver: Machine) -> list[Machine]:
-        """The machines of the route of the driver's oldest session, without the driver itself."""
+    def _oldest_of(self, driver: Machine) -> tuple[str, list[Machine]]:
+        """The driver's oldest session, and the machines of its route without the driver itself."""
         peer = cast(NodePeer | None, driver.peer)
         sessions = peer.status().sessions if peer is not None else ()
         if not sessions:
-            return []
+            return "", []
         by_peer = {
             str(cast(NodePeer, machine.peer).node.identity.peer_id): machine
             for machine in self._world.alive(self._servers)
             if machine.peer is not None
         }
-        return [by_peer[hop.peer] for hop in sessions[0].route if hop.peer in by_peer]
+        hops = [by_peer[hop.peer] for hop in sessions[0].route if hop.peer in by_peer]
+        return sessions[0].session, hops
 
 
 StrikeKind = Callable[[World, Machine, Machine], Undo]
@@ -190,6 +194,12 @@ def _lie_shape(world: World, target: Machine, onward: Machine) -> Undo:
     return lambda: world.lie(target, "")
 
 
+def _lie_numbers(world: World, target: Machine, onward: Machine) -> Undo:
+    """Right shapes, wrong numbers: hidden states, outputs and gradients alike."""
+    world.lie(target, "numbers")
+    return lambda: world.lie(target, "")
+
+
 STRIKES: Mapping[str, StrikeKind] = {
     "kill": _kill,
     "wipe": _wipe,
@@ -203,4 +213,5 @@ STRIKES: Mapping[str, StrikeKind] = {
     "reset": _reset,
     "full": _full,
     "lie-shape": _lie_shape,
+    "lie-numbers": _lie_numbers,
 }

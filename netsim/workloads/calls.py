@@ -17,14 +17,16 @@ import numpy as np
 from blocks.protocol.device import Batch
 from netsim.arithmetic import PRIME, Numbers, backward, forward, integers_of, part_of
 from netsim.metrics import Metrics
+from netsim.online import sample_coverage, wait_online
 from netsim.peers.node import NodePeer, NodeSettings
 from netsim.sim_host import Machine
 from netsim.strikes import STRIKES, Strike, Striker
-from netsim.workloads.sessions import ASK_AGAIN_S, ONLINE_LOOK_S, SAMPLE_S, SEEN_S, is_ready
 from netsim.world import HostDied, World
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
 from routing.types import Span
+
+ASK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,9 @@ class Batches:
     async def run(self) -> None:
         """Wait for the swarm, and let every driver ask for its batches."""
         async with asyncio.TaskGroup() as background:
-            sampling = background.create_task(self._sample(), name="sampling")
-            await self._wait_online()
+            samples = sample_coverage(self.world, self.striker, self.metrics)
+            sampling = background.create_task(samples, name="sampling")
+            await wait_online(self.world, self.striker, self.settings.drivers, self.metrics, self.settings.ready_s)
             self.metrics.owed_by("batches.done", (machine.name for machine in self.world.group(self.settings.drivers)))
             async with asyncio.TaskGroup() as asking:
                 for machine in self.world.group(self.settings.drivers):
@@ -109,17 +112,6 @@ class Batches:
 
     def _drivers_alive(self) -> list[Machine]:
         return [machine for machine in self.world.alive(self.settings.drivers) if machine.peer is not None]
-
-    async def _wait_online(self) -> None:
-        deadline = self.world.now_s + self.settings.ready_s
-        drivers = self.world.group(self.settings.drivers)
-        while self.striker.weakest() < 1 or not all(is_ready(machine) for machine in drivers):
-            if self.world.now_s > deadline:
-                self.world.fail("", f"not every block was served after {self.settings.ready_s:g} s")
-                return
-            await asyncio.sleep(ONLINE_LOOK_S)
-        self.metrics.put("online_s", self.world.now_s)
-        await asyncio.sleep(SEEN_S)
 
     async def _drive(self, machine: Machine) -> None:
         draws = self.world.random(f"batches of {machine.name}")
@@ -196,14 +188,6 @@ class Batches:
         self.metrics.count("tokens", rows * tokens)
         self.metrics.count("batches.wrong", int(not right), of="" if right else machine.name)
         self.world.trace.add("batch", machine.name, f"{rows} {tokens} {bool(right)}")
-
-    async def _sample(self) -> None:
-        while True:
-            coverage = self.striker.coverage()
-            for block, servers in enumerate(coverage):
-                self.metrics.sample(f"coverage.{block}", self.world.now_s, servers)
-            self.metrics.sample("coverage.min", self.world.now_s, min(coverage))
-            await asyncio.sleep(SAMPLE_S)
 
 
 WORKLOADS = {"batches": Batches}

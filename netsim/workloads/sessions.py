@@ -15,17 +15,14 @@ from typing import ClassVar, cast
 from netsim.arithmetic import PRIME, Arithmetic
 from netsim.metrics import Metrics
 from netsim.mischief import CELLS, Mischief
+from netsim.online import SAMPLE_S, is_ready, sample_coverage, wait_online
 from netsim.peers.node import TORCH, Answer, NodePeer, NodeSettings, use_no_threads
 from netsim.sim_host import Machine
 from netsim.strikes import STRIKES, Strike, Striker
 from netsim.world import HostDied, World
 from overlay.errors import PeerdError
 
-ONLINE_LOOK_S = 0.25
-SAMPLE_S = 1.0
 ASK_AGAIN_S = 0.5
-SEEN_S = 4.0
-"""A daemon says that nobody serves some blocks on the word of a look that is up to 3 s old (`peerd.swarm.FRESH_S`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +137,9 @@ class Texts:
     async def _run(self) -> None:
         settings = self.settings
         async with asyncio.TaskGroup() as background:
-            sampling = background.create_task(self._sample(), name="sampling")
-            await self._wait_online()
+            samples = sample_coverage(self.world, self.striker, self.metrics, self._sample_tokens)
+            sampling = background.create_task(samples, name="sampling")
+            await wait_online(self.world, self.striker, settings.drivers, self.metrics, settings.ready_s)
             self.metrics.owed_by("texts.done", (machine.name for machine in self.world.group(settings.drivers)))
             async with asyncio.TaskGroup() as asking:
                 for machine in self.world.group(settings.drivers):
@@ -150,18 +148,6 @@ class Texts:
             await asyncio.sleep(settings.leases_end_s)
             self._count_left()
             sampling.cancel()
-
-    async def _wait_online(self) -> None:
-        deadline = self.world.now_s + self.settings.ready_s
-        while self.striker.weakest() < 1 or not all(
-            is_ready(machine) for machine in self.world.group(self.settings.drivers)
-        ):
-            if self.world.now_s > deadline:
-                self.world.fail("", f"not every block was served after {self.settings.ready_s:g} s")
-                return
-            await asyncio.sleep(ONLINE_LOOK_S)
-        self.metrics.put("online_s", self.world.now_s)
-        await asyncio.sleep(SEEN_S)
 
     # --- one driver ---
 
@@ -221,17 +207,10 @@ class Texts:
 
     # --- what is seen from outside ---
 
-    async def _sample(self) -> None:
-        while True:
-            now_s, metrics = self.world.now_s, self.metrics
-            coverage = self.striker.coverage()
-            for block, servers in enumerate(coverage):
-                metrics.sample(f"coverage.{block}", now_s, servers)
-            metrics.sample("coverage.min", now_s, min(coverage))
-            tokens = metrics.numbers().get("tokens", 0.0)
-            metrics.sample("tokens_per_s", now_s, (tokens - self._tokens_before) / SAMPLE_S)
-            self._tokens_before = tokens
-            await asyncio.sleep(SAMPLE_S)
+    def _sample_tokens(self) -> None:
+        tokens = self.metrics.numbers().get("tokens", 0.0)
+        self.metrics.sample("tokens_per_s", self.world.now_s, (tokens - self._tokens_before) / SAMPLE_S)
+        self._tokens_before = tokens
 
     def _count_left(self) -> None:
         for machine in self.world.alive():
@@ -322,12 +301,6 @@ def _reference(told: NodeSettings) -> Callable[[Sequence[int], int], list[int]]:
     from blocks.model.exact import Reference
 
     return Reference.load(told.model).greedy
-
-
-def is_ready(machine: Machine) -> bool:
-    """Whether its daemon runs and has met its network."""
-    peer = cast(NodePeer | None, machine.peer)
-    return machine.is_alive and peer is not None and peer.is_ready.is_set() and peer.status().state == "online"
 
 
 WORKLOADS = {"texts": Texts}
