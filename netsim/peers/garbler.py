@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, cast
 
+from netsim.listening_peer import ListeningPeer
 from netsim.null_channel import null_channel
 from netsim.peers.bare import CALL
 from netsim.sim_host import SimHost
@@ -68,15 +69,13 @@ class GarblerSettings:
     """It is told nothing."""
 
 
-class GarblerPeer:
+class GarblerPeer(ListeningPeer):
     """`netsim.peers.Peer`; workloads call `attack`, and dial it."""
 
     SETTINGS: ClassVar[type[GarblerSettings]] = GarblerSettings
 
     def __init__(self, host: SimHost, settings: GarblerSettings) -> None:
-        self._host = host
-        self._stopping = asyncio.Event()
-        self.is_ready = asyncio.Event()
+        super().__init__(host)
         self._draws = host.random("garbage")
         self.identity = Identity.load_or_create(host.storage, host.ports.randomness)
 
@@ -86,34 +85,23 @@ class GarblerPeer:
 
     @property
     def addresses(self) -> tuple[Multiaddr, ...]:
-        return (self._host.listen_address,)
+        return (self.host.listen_address,)
 
-    async def run(self) -> None:
-        listener = await self._host.transport.listen(self._host.listen_address, self._greet)
-        try:
-            self.is_ready.set()
-            await self._stopping.wait()
-        finally:
-            listener.close()
-
-    def request_stop(self) -> None:
-        self._stopping.set()
-
-    def _greet(self) -> Garbler:
+    def greet(self) -> Garbler:
         layer = self._draws.choice(GREETINGS)
         return Garbler(self._upgrade(None), self.identity, None, layer, self._draws, is_dialler=False)
 
     def _upgrade(self, expected: PeerId | None, *, is_dialler: bool = False) -> Upgrade:
-        secure = secure_with_noise if self._host.world.is_noise else null_channel
+        secure = secure_with_noise if self.host.world.is_noise else null_channel
         meeting = Meeting(self.identity, is_dialler, expected, b"")
-        return Upgrade(secure(meeting, self._host.ports.randomness), initiator=is_dialler)
+        return Upgrade(secure(meeting, self.host.ports.randomness), initiator=is_dialler)
 
     async def attack(self, victim: PeerId, address: Multiaddr, layer: Layer) -> float | None:
         """Seconds until the victim ended the connection, or None: it bore with it. Raises DialError."""
         garbler = Garbler(
             self._upgrade(victim, is_dialler=True), self.identity, victim, layer, self._draws, is_dialler=True
         )
-        await self._host.transport.dial(address, lambda: garbler)
+        await self.host.transport.dial(address, lambda: garbler)
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         try:

@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+from netsim.listening_peer import ListeningPeer
 from netsim.nat import Endpoint
 from netsim.sim_host import LISTEN_PORT, SimHost
 from overlay.errors import DialError
@@ -22,29 +23,19 @@ class RawSettings:
     """It is told nothing."""
 
 
-class RawPeer:
+class RawPeer(ListeningPeer):
     """`netsim.peers.Peer`."""
 
     SETTINGS: ClassVar[type[RawSettings]] = RawSettings
 
     def __init__(self, host: SimHost, settings: RawSettings) -> None:
-        self.host = host
-        self._stopping = asyncio.Event()
-        self.is_ready = asyncio.Event()
+        super().__init__(host)
         self.seen_as: dict[str, Endpoint] = {}
         """By others' names: the endpoint by which they saw this host on the last connection with them."""
         self._lines: list[_Line] = []
 
-    async def run(self) -> None:
-        listener = await self.host.transport.listen(self.host.listen_address, lambda: _Line(self))
-        try:
-            self.is_ready.set()
-            await self._stopping.wait()
-        finally:
-            listener.close()
-
-    def request_stop(self) -> None:
-        self._stopping.set()
+    def greet(self) -> _Line:
+        return _Line(self)
 
     # --- what a workload may ask; run it in the host's context ---
 
