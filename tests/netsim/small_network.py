@@ -10,6 +10,8 @@ import asyncio
 import random
 
 from netsim.fabric import Fabric, FabricTransport, Path
+from netsim.ports import Disk, SimClock, SimRandomness, SimStorage, SimWallClock
+from overlay.ports import Ports
 
 
 class Lines:
@@ -38,6 +40,13 @@ class SmallNetwork:
             self._hosts.append(address)
             self._fabric.add_host(address, address)
         return self._fabric.transport(address)
+
+    def ports(self, address: str, seed: int = 1) -> Ports:
+        """What a host of one seed is given."""
+        now = asyncio.get_running_loop().time
+        storage = SimStorage(Disk(now))
+        randomness = SimRandomness(f"{seed} {address}")
+        return Ports(SimClock(now), SimWallClock(now), randomness, (self.transport(address),), storage)
 
     def set_path(self, source: str, target: str, path: Path) -> None:
         self._fabric.set_path(source, target, path)

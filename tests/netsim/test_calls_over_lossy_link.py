@@ -22,12 +22,11 @@ from blocks.protocol.device import BackwardJob, Batch, ForwardJob, Job, JobResul
 from blocks.protocol.part_lists import joined, summed
 from netsim.fabric import Path
 from netsim.loop import run
-from netsim.ports import SimClock, SimRandomness, SimWallClock
+from netsim.ports import SimClock, SimRandomness
 from overlay.errors import PeerdError
 from overlay.host import Host
 from overlay.identity import Identity
 from overlay.multiaddr import tcp_address
-from overlay.ports import Ports
 from overlay.rpc.types import Part
 from peerd.calls import caller as caller_module
 from peerd.calls.caller import BatchCaller, Gradients
@@ -132,19 +131,9 @@ class ArithmeticDevice:
 # --- machines on links: the one place that knows today's links ---
 
 
-class NoStorage:
-    def load(self, name: str) -> bytes | None:
-        return None
-
-    def save(self, name: str, data: bytes) -> None:
-        """Nothing survives."""
-
-
 async def machine(stack: AsyncExitStack, network: SmallNetwork, address: str) -> Host:
-    now = asyncio.get_running_loop().time
-    randomness = SimRandomness(address)
-    ports = Ports(SimClock(now), SimWallClock(now), randomness, (network.transport(address),), NoStorage())
-    host = await stack.enter_async_context(Host(Identity(randomness.token(32)), ports))
+    ports = network.ports(address)
+    host = await stack.enter_async_context(Host(Identity(ports.randomness.token(32)), ports))
     await host.listen(tcp_address(address, 4001))
     return host
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from netsim.compute import DEVICES
 from netsim.devices import SimDevice
 from netsim.fabric import Path
 from netsim.loop import run
+from netsim.ports import SimRandomness
 from overlay.errors import PeerdError
 from overlay.host import Host
 from overlay.identity import Identity
 from overlay.multiaddr import tcp_address
-from overlay.ports import Ports
 from overlay.rpc.types import Part
 from peerd.decoding import Decode, DecodeRequest, DecoderPool, DriverModel
 from routing.types import ComputeClass, Hop, ModelId, Route, Span
@@ -62,38 +61,6 @@ class OpenDoor:
 
     def release(self, lease: LeaseKey) -> None:
         """Nothing is counted."""
-
-
-class LoopClock:
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    def now_s(self) -> float:
-        return 1.7e9 + self.now()
-
-
-class Seeded:
-    """`overlay.ports.Randomness` of one host of one seed."""
-
-    def __init__(self, seed: str) -> None:
-        self._generator = random.Random(seed)
-
-    def token(self, length: int) -> bytes:
-        return self._generator.randbytes(length)
-
-    def uniform(self, low: float, high: float) -> float:
-        return self._generator.uniform(low, high)
-
-    def below(self, bound: int) -> int:
-        return self._generator.randrange(bound)
-
-
-class NoStorage:
-    def load(self, name: str) -> bytes | None:
-        return None
-
-    def save(self, name: str, data: bytes) -> None:
-        """Nothing survives."""
 
 
 class FixedPlanner:
@@ -163,14 +130,12 @@ class Story:
 async def start_node(
     stack: AsyncExitStack, network: SmallNetwork, address: str, seed: int
 ) -> tuple[Host, SpanService, Hops, SessionDirectory, SimDevice]:
-    clock = LoopClock()
-    randomness = Seeded(f"{seed} {address}")
-    ports = Ports(clock, clock, randomness, (network.transport(address),), NoStorage())
-    host = await stack.enter_async_context(Host(Identity(randomness.token(32)), ports))
+    ports = network.ports(address, seed)
+    host = await stack.enter_async_context(Host(Identity(ports.randomness.token(32)), ports))
     await host.listen(tcp_address(address, 4001))
     device, directory = arithmetic_device(), SessionDirectory()
-    hops = Hops(HopSettings(host.peer_id.multihash, randomness.token(16)), OpenDoor(), device)
-    service = await stack.enter_async_context(SpanService(host, device, hops, directory, clock))
+    hops = Hops(HopSettings(host.peer_id.multihash, ports.randomness.token(16)), OpenDoor(), device)
+    service = await stack.enter_async_context(SpanService(host, device, hops, directory, ports.clock))
     return host, service, hops, directory, device
 
 
@@ -189,16 +154,16 @@ async def decode(fault: Fault, seed: int = 1, path: Path | None = None) -> Story
             all_hops.append(hops)
         host, service, _, directory, device = await start_node(stack, network, DRIVER, seed)
         planner = FixedPlanner(served, trace)
-        randomness = Seeded(f"{seed} sessions")
-        pool = DecoderPool(host, service, directory, device, planner, LoopClock(), randomness, 1)
+        clock = host.ports.clock
+        pool = DecoderPool(host, service, directory, device, planner, clock, SimRandomness(f"{seed} sessions"), 1)
         await stack.enter_async_context(pool)
         over = asyncio.Event()
         listener = Listener(trace, lambda count: fault(network, count), over)
         model = DriverModel(KEY, MODEL_ID, CLASS, 1, 1024)
-        started = LoopClock().now()
+        started = clock.now()
         running: Decode = pool.start(model, DecodeRequest(PROMPT, SamplingParams(), NEW_TOKENS), listener)
         await over.wait()
-        took_s = LoopClock().now() - started
+        took_s = clock.now() - started
         await asyncio.sleep(1)
         left = sum(hops.session_count for hops in all_hops)
         return Story(running.output, listener.reason, running.replays, "\n".join(trace.lines), took_s, left)
