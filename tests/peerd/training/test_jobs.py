@@ -39,6 +39,23 @@ async def running(directory: Path, bench: Workbench) -> AsyncIterator[Jobs]:
         await asyncio.gather(task, return_exceptions=True)
 
 
+@contextlib.asynccontextmanager
+async def held_at(step: int | None, directory: Path, **more: Any) -> AsyncIterator[Jobs]:
+    """Jobs of a process whose job came to this step (None: to its first) and never goes on."""
+    reached = asyncio.Event()
+
+    def hold(at: int) -> Any:
+        if step is None or at == step:
+            reached.set()
+            return asyncio.Event().wait()
+        return None
+
+    async with running(directory, Workbench(hold, **more)) as jobs:
+        await jobs.submit(settings(), LINES)
+        await reached.wait()
+        yield jobs
+
+
 async def ended(job: Job) -> dict[str, Any]:
     return [document async for document in job.events()][-1]
 
@@ -75,17 +92,7 @@ def test_a_job_that_lost_its_process_at_any_step_ends_as_if_it_had_not(
     whole_run(tmp_path / "undisturbed", undisturbed)
 
     async def run() -> None:
-        gone = asyncio.Event()
-
-        def lose(step: int) -> Any:
-            if step == lost_at:
-                gone.set()
-                return asyncio.Event().wait()
-            return None
-
-        async with running(tmp_path / "lost", Workbench(lose)) as jobs:
-            await jobs.submit(settings(), LINES)
-            await gone.wait()
+        async with held_at(lost_at, tmp_path / "lost"):
             shutil.copytree(tmp_path / "lost", tmp_path / "killed")  # what there is on disk in this moment
         left = tmp_path / ("killed" if killed else "lost")
         resumed = Workbench()
@@ -135,17 +142,7 @@ def test_a_daemon_that_stops_on_a_full_disk_goes_on_from_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        gone = asyncio.Event()
-
-        def lose(step: int) -> Any:
-            if step == 5:
-                gone.set()
-                return asyncio.Event().wait()
-            return None
-
-        async with running(tmp_path, Workbench(lose)) as jobs:
-            await jobs.submit(settings(), LINES)
-            await gone.wait()
+        async with held_at(5, tmp_path):
             monkeypatch.setattr(checkpoint, "write_synced", full)
         monkeypatch.undo()
         resumed = Workbench()
@@ -199,17 +196,8 @@ def test_float16_scales_the_loss_and_a_resumed_job_goes_on_with_its_scale(tmp_pa
     assert job["progress"]["skipped"] == 1
 
     async def run() -> None:
-        gone = asyncio.Event()
-
-        def lose(step: int) -> Any:
-            if step == 7:
-                gone.set()
-                return asyncio.Event().wait()
-            return None
-
-        async with running(tmp_path / "lost", Workbench(lose, overflow, dtype="float16")) as jobs:
-            await jobs.submit(settings(), LINES)
-            await gone.wait()
+        async with held_at(7, tmp_path / "lost", gradient=overflow, dtype="float16"):
+            pass
         resumed = Workbench(gradient=overflow, dtype="float16")
         async with running(tmp_path / "lost", resumed) as jobs:
             await ended(jobs.get("one"))
@@ -467,15 +455,8 @@ def test_a_job_that_is_not_there_is_said_to_be_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["model", "dataset"])
 def test_a_job_does_not_go_on_with_another_model_or_dataset(tmp_path: Path, what: str) -> None:
     async def run() -> None:
-        gone = asyncio.Event()
-
-        def lose(step: int) -> Any:
-            gone.set()
-            return asyncio.Event().wait()
-
-        async with running(tmp_path, Workbench(lose)) as jobs:
-            await jobs.submit(settings(), LINES)
-            await gone.wait()
+        async with held_at(None, tmp_path):
+            pass
         if what == "dataset":
             (tmp_path / "one" / "dataset.jsonl").write_bytes(LINES * 2)
         async with running(tmp_path, Workbench(model_id=b"\x02" * 32 if what == "model" else b"\x01" * 32)) as jobs:
@@ -513,17 +494,8 @@ def test_damaged_and_half_made_jobs_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["loss_scale", "generator", "seed"])
 def test_a_checkpoint_of_another_seed_or_form_is_refused_in_words(tmp_path: Path, what: str) -> None:
     async def run() -> str:
-        gone = asyncio.Event()
-
-        def lose(step: int) -> Any:
-            if step == 4:
-                gone.set()
-                return asyncio.Event().wait()
-            return None
-
-        async with running(tmp_path, Workbench(lose)) as jobs:
-            await jobs.submit(settings(), LINES)
-            await gone.wait()
+        async with held_at(4, tmp_path):
+            pass
         path = tmp_path / "one" / "checkpoint-4" / checkpoint.STATE
         document = json.loads(path.read_bytes())
         assert document["state"]["generator"] == {"seed": 0, "epoch": 0, "steps_of_epoch": 4}
