@@ -437,7 +437,9 @@ class Host:
         quiet = [
             found
             for peer, found in self._connections.items()
-            if not found.session.lanes and not (self._keeps and peer in self._keeps)
+            if not found.session.lanes
+            and not (self._keeps and peer in self._keeps)
+            and (found.session.was_used or now - found.opened_at >= limits.UNUSED_IDLE_S)
         ]
         for index in to_leave([found.last_received for found in quiet], len(self._connections), now):
             quiet[index].leave()

@@ -1,8 +1,8 @@
 """Which of the open connections are no longer worth holding. Pure.
 
 A connection is *quiet* while it carries no stream and nobody on this side keeps it; a ping from the peer, who may be keeping it, counts
-as use. Quiet ones are left after `CONNECTION_IDLE_S`; while more than `CONNECTIONS_EASY` are open after `SURPLUS_IDLE_S` already,
-the longest quiet first. Those in use are never left, however many they are.
+as use; nor is it quiet when it was just dialled, for somebody is about to use it. Quiet ones are left after `CONNECTION_IDLE_S`, and
+while more than `CONNECTIONS_EASY` are open at once, the longest quiet first. Those in use are never left, however many they are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ def to_leave(quiet_since: Sequence[float], open_count: int, now: float) -> list[
     """Which of the quiet connections to leave, as indices, the longest quiet first (of equals the first).
 
     Args:
-        quiet_since: When each of them was last used.
+        quiet_since: When each quiet one was last used.
         open_count: How many are open in all, quiet or not.
         now: This moment.
     """
     surplus = open_count - limits.CONNECTIONS_EASY
-    least_s = limits.SURPLUS_IDLE_S if surplus > 0 else limits.CONNECTION_IDLE_S
+    least_s = 0.0 if surplus > 0 else limits.CONNECTION_IDLE_S
     order = sorted(
         [index for index, since in enumerate(quiet_since) if now - since >= least_s],
         key=lambda index: quiet_since[index],

@@ -43,11 +43,11 @@ DUPLICATES_PER_PEER = 4
 CONNECTION_IDLE_S = 35.0
 """A connection without streams that nobody keeps is left after so long: a DHT has thousands of contacts, and needs few at a time."""
 CONNECTIONS_EASY = 48
-"""While more are open, the longest idle are left early."""
+"""While more are open, the longest idle are left at once: lookups side by side dial fifty peers in a second."""
 CONNECTIONS_IDLE_MAX = 64
-"""What that keeps a host under that isn't using more at once: lookups dial a dozen peers in a second."""
-SURPLUS_IDLE_S = 1.0
-"""Early: after so long. One that was just dialled is about to be used."""
+"""What that keeps a host under that isn't using more at once, counting those that it has left and that still close."""
+UNUSED_IDLE_S = 1.0
+"""A connection that was just dialled is about to be used: until its first stream it counts as idle only after so long."""
 LEAVE_S = 2.0
 """A connection that one side has left takes streams that were under way for so long, and ends when they have."""
 RTT_LIFE_S = 900.0

@@ -149,6 +149,11 @@ class Session:
         self.local_gone = False
         self._hears_out = False
 
+    @property
+    def was_used(self) -> bool:
+        """Whether either side ever opened a stream."""
+        return self._next_id > 2 or self._last_remote_id > 0
+
     # --- outbound ---
 
     def open(self) -> Lane:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from overlay import limits
 from overlay.connection import Connection
 from overlay.host import Host
@@ -46,8 +48,41 @@ def test_over_the_limit_the_longest_quiet_are_left_first() -> None:
     assert to_leave([now - 3, now - 5, now - 4], MANY, now) == []
 
 
-def test_a_connection_that_was_just_dialled_is_not_left_however_many_are_open() -> None:
-    assert to_leave([1000.0], MANY + 50, 1000.0) == []
+def test_over_the_limit_one_that_was_used_this_very_moment_is_left_too_but_no_more_than_it_takes() -> None:
+    now = 1000.0
+    assert to_leave([now, now - 0.1, now - 0.2], MANY + 2, now) == [2, 1]
+    assert to_leave([now], MANY + 50, now) == [0]
+
+
+def test_a_connection_that_was_just_dialled_is_not_left_however_many_are_open_and_once_used_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(one: Host, two: Host) -> None:
+        monkeypatch.setattr(limits, "CONNECTIONS_EASY", 0)
+        connection = await one.connect(two.peer_id, two.addresses)
+        assert not connection.session.was_used
+        one.maintain(connection.last_received)
+        assert not connection.was_left
+        stream = connection.open_stream(ECHO)
+        one.maintain(connection.last_received)
+        assert not connection.was_left
+        stream.reset()
+        one.maintain(connection.last_received)
+        assert connection.was_left
+
+    run_hosts(2, scene)
+
+
+def test_a_connection_that_was_dialled_and_never_used_is_left_a_second_later_where_there_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(one: Host, two: Host) -> None:
+        monkeypatch.setattr(limits, "CONNECTIONS_EASY", 0)
+        connection = await one.connect(two.peer_id, two.addresses)
+        one.maintain(connection.opened_at + limits.UNUSED_IDLE_S)
+        assert connection.was_left
+
+    run_hosts(2, scene)
 
 
 def test_an_idle_connection_is_left_by_both_ends_and_its_round_trip_stays_known() -> None:
