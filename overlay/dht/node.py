@@ -18,6 +18,8 @@ from kademlia.node import Node
 
 from overlay.connection import Connection
 from overlay.dht import limits
+from overlay.dht.acquaintances import Acquaintances
+from overlay.dht.freshness import NEVER, Freshness, id_in_part
 from overlay.dht.lookup import LookupReport, NodeLookup, ValueLookup
 from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
@@ -79,13 +81,9 @@ class Dht:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[bytes, int] = {}
         self._refused: dict[PeerId, float] = {}
-        self._remembered: dict[PeerId, tuple[Multiaddr, ...]] = {}
-        self._self_lookup_due = 0.0
-        self._self_lookup_every_s = limits.SELF_LOOKUP_S
-        self._neighbourhood: list[bytes] = []
-        self._refreshed: dict[int, float] = {}
-        self._refresh_earliest = 0.0
-        self._lost: dict[PeerId, tuple[Multiaddr, ...]] = {}
+        self._freshness = Freshness(self._table)
+        self._remembered = Acquaintances(limits.REMEMBERED_MAX)
+        self._lost = Acquaintances(limits.LOST_MAX)
         self._lost_due = 0.0
         self._wake = asyncio.Event()
         self._closing = False
@@ -97,9 +95,8 @@ class Dht:
     async def __aenter__(self) -> Self:
         self._tasks = await asyncio.TaskGroup().__aenter__()
         now = self._now()
-        self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
+        self._freshness.begin(now)
         self._lost_due = now + limits.LOST_RETRY_S
-        self._refresh_earliest = now + limits.REFRESH_GAP_S
         if self.config.server:
             self._protocol.serve()
         self._host.add_connection_listener(_ignore, self._connection_closed)
@@ -188,14 +185,8 @@ class Dht:
         return Contact(peer, known, group_of(at, exempt_private=self.config.exempt_private))
 
     async def _look_for_self(self) -> None:
-        """Find our own neighbours; the longer they stay the same, the seldomer."""
         nearest = [contact.id for contact in await self._closest_to(self._self)]
-        same = nearest == self._neighbourhood and len(self._table) >= self.config.ksize
-        self._neighbourhood = nearest
-        wished = 2 * self._self_lookup_every_s if same else limits.SELF_LOOKUP_S
-        self._self_lookup_every_s = min(limits.SELF_LOOKUP_MAX_S, wished)
-        lonely = len(self._table) < self.config.ksize
-        self._self_lookup_due = self._now() + (limits.SELF_LOOKUP_LONELY_S if lonely else self._self_lookup_every_s)
+        self._freshness.looked_for_self(nearest, self._now())
         self._wake.set()
 
     async def _closest_to(self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX) -> list[Contact]:
@@ -415,9 +406,8 @@ class Dht:
         if is_gone or self._failures[contact.id] >= limits.FAILURES_MAX:
             self._failures.pop(contact.id, None)
             self._table.remove_contact(known)
-            _remember(self._lost, known.peer, self._addresses(known), limits.LOST_MAX)
-            if len(self._table) < self.config.ksize:
-                self._self_lookup_due = min(self._self_lookup_due, self._now() + limits.SELF_LOOKUP_LONELY_S)
+            self._lost.add(known.peer, self._addresses(known))
+            if self._freshness.contact_left(self._now()):
                 self._wake.set()
 
     def _admit(self, contact: Contact) -> None:
@@ -430,8 +420,8 @@ class Dht:
         fresh = self._contact_of(contact.peer, contact.addresses)
         fresh.seen = now
         oldest = self._table.add_contact(fresh)
-        self._lost.pop(fresh.peer, None)
-        _remember(self._remembered, fresh.peer, fresh.addresses, limits.REMEMBERED_MAX)
+        self._lost.forget(fresh.peer)
+        self._remembered.add(fresh.peer, fresh.addresses)
         if oldest is not None:
             if now - oldest.seen > limits.CONTACT_FRESH_S:
                 self._consider(oldest.peer)
@@ -444,7 +434,7 @@ class Dht:
             return
         peer = connection.remote_peer
         if self._table.get(node_id_of(peer)) is not None:
-            self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
+            self._consider(peer)
 
     # --- upkeep ---
 
@@ -462,8 +452,8 @@ class Dht:
 
     def _next_due(self) -> float:
         """The moment of the next piece of upkeep."""
-        lost = self._lost_due if self._lost else float("inf")
-        return min(self._self_lookup_due, lost, self._refresh_due()[0], self._publications.next_due())
+        lost = self._lost_due if self._lost else NEVER
+        return min(self._freshness.next_due(), lost, self._publications.next_due())
 
     def upkeep(self, now: float) -> None:
         """At most once a second: expiry, what is due to be published, lookups that keep the table fresh."""
@@ -471,63 +461,33 @@ class Dht:
         for publication in self._publications.due(now):
             renewed = self._publications.renewed(publication, now, self._ports.wall_clock.now_s())
             self._replicate_soon(renewed)
-        if now >= self._self_lookup_due:
-            self._self_lookup_due = now + limits.SELF_LOOKUP_LONELY_S
+        if self._freshness.take_self(now):
             if self.ready:
                 self._spawn("look for self", self._look_for_self())
             else:
                 self._spawn("meet again", self._meet_again())
-        due, depth = self._refresh_due()
-        if now >= due:
-            self._refresh_part(depth, now)
+        depth = self._freshness.take_part(now)
+        if depth is not None:
+            self._spawn(f"refresh {depth}", self._refresh(depth))
         if self._lost and now >= self._lost_due:
             self._lost_due = now + limits.LOST_RETRY_S
             self._spawn("look for the lost", self._look_for_lost())
 
     async def _meet_again(self) -> None:
-        await self.bootstrap(list(self._remembered.items()))
+        await self.bootstrap(self._remembered.items())
 
     async def _look_for_lost(self) -> None:
         """Try a few of those that vanished. One that is back may have come with many: look who is near us now."""
-        lost = list(self._lost)
-        for _ in range(min(limits.LOST_RETRIES, len(lost))):
-            peer = lost.pop(self._ports.randomness.below(len(lost)))
-            if await self._protocol.call_ping(self._contact_of(peer, self._lost.get(peer, ()))):
-                self._lost.pop(peer, None)
-                self._self_lookup_due = self._now()
+        for peer in self._lost.draw(limits.LOST_RETRIES, self._ports.randomness.below):
+            if await self._protocol.call_ping(self._contact_of(peer, self._lost.addresses(peer))):
+                self._lost.forget(peer)
+                self._freshness.look_for_self_at(self._now())
                 self._wake.set()
 
-    def _refresh_due(self) -> tuple[float, int]:
-        """When which part of the id space is to be looked into: part ``d`` shares d bits with us, and no more."""
-        if not self.ready:
-            return float("inf"), 0
-        looked = [(self._refreshed.get(depth, float("-inf")), depth) for depth in range(self._table.own_depth)]
-        at, depth = min(looked, default=(float("inf"), 0))
-        return max(at + limits.REFRESH_S, self._refresh_earliest), depth
-
-    def _refresh_part(self, depth: int, now: float) -> None:
-        is_first = depth not in self._refreshed
-        self._refreshed[depth] = now
-        if not is_first or self._table.count_at(depth) < limits.CONTACTS_ENOUGH:
-            self._refresh_earliest = now + limits.REFRESH_GAP_S
-            self._spawn(f"refresh {depth}", self._refresh(depth))
-
     async def _refresh(self, depth: int) -> None:
-        drawn = int.from_bytes(self._ports.randomness.token(limits.ID_BYTES), "big")
-        low_bits = limits.ID_BITS - depth - 1
-        flipped = self._self.long_id ^ (1 << low_bits)
-        target = (flipped >> low_bits << low_bits) | (drawn & ((1 << low_bits) - 1))
-        await self._closest_to(Node(target.to_bytes(limits.ID_BYTES, "big")), limits.REFRESH_RPCS_MAX)
-
-
-def _remember(
-    peers: dict[PeerId, tuple[Multiaddr, ...]], peer: PeerId, addresses: tuple[Multiaddr, ...], most: int
-) -> None:
-    """The latest stand last; the oldest are forgotten."""
-    peers.pop(peer, None)
-    peers[peer] = addresses
-    while len(peers) > most:
-        peers.pop(next(iter(peers)))
+        """Look into a part of the id space, wherever the draw falls in it."""
+        target = id_in_part(self._self.long_id, depth, self._ports.randomness.token(limits.ID_BYTES))
+        await self._closest_to(Node(target), limits.REFRESH_RPCS_MAX)
 
 
 def _ignore(_: Connection) -> None:
