@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     from netsim.metrics import Metrics
@@ -28,6 +28,24 @@ class Workload(Protocol):
 
     async def run(self) -> None:
         """From the first moment to the end of what is measured; cancelled when the scenario's duration is over."""
+
+
+Told = TypeVar("Told")
+"""The settings of a workload."""
+
+
+class Scene(Generic[Told]):
+    """What most workloads hold: the world, what they are told, and numbers that exist from the start."""
+
+    COUNTED: ClassVar[tuple[str, ...]] = ()
+    """Counts that are 0 where nothing happens."""
+
+    def __init__(self, world: World, settings: Told, metrics: Metrics) -> None:
+        self._world = world
+        self._settings = settings
+        self._metrics = metrics
+        for name in self.COUNTED:
+            metrics.count(name, 0)
 
 
 class UnknownWorkload(LookupError):

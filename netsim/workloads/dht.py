@@ -7,19 +7,21 @@ says who published it, so what is found can be judged. Findings are compared wit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
 from netsim.metrics import Metrics
 from netsim.peers.dht import DhtPeer
+from netsim.workloads import Scene, Told
 from netsim.world import HostDied, Machine, World
 from overlay.dht.records import Record
 from overlay.identity import PeerId
 from overlay.limits import CONNECTIONS_IDLE_MAX
 
-SAMPLE_S = 5.0
+SAMPLE_S = 2.0
 TTL_S = 3600.0
 AT_ONCE = 20
 POLL_S = 0.5
@@ -30,9 +32,9 @@ COMMON_METRICS: Mapping[str, str] = {
     "join.calls": "calls a host made until everybody had joined, on average",
     "contacts": "contacts a host knows when everybody has joined",
     "calls": "calls of all hosts in the whole run",
-    "connections": "open connections of each host, sampled once settled",
-    "connections.open": "open connections of all hosts, over time",
-    "connections.over": "samples of a settled host with more than the overlay's limit of idle connections",
+    "connections": "connections of each host, those that are closing too, sampled once settled",
+    "connections.open": "connections of all hosts, over time",
+    "connections.over": "samples of a settled host with more than the overlay's limit and an idle one among them",
     "published.holders": "nodes that took a record",
     "publish_s": "seconds until a record was offered to all that should hold it",
     "asked": "lookups",
@@ -106,11 +108,12 @@ class Field:
             total = 0
             for machine in self.world.alive():
                 peer = cast(DhtPeer | None, machine.peer)
-                count = 0 if peer is None else len(peer.overlay.connections())
+                count = 0 if peer is None else len(peer.overlay.connections()) + len(peer.overlay._draining)
                 total += count
-                if self.world.now_s > self._settled_at:
+                if peer is not None and self.world.now_s > self._settled_at:
                     self.metrics.observe("connections", count, of=machine.name)
-                    self.metrics.count("connections.over", int(count > CONNECTIONS_IDLE_MAX), of=machine.name)
+                    if count > CONNECTIONS_IDLE_MAX and has_idle(peer):
+                        self.metrics.count("connections.over", of=machine.name)
             self.metrics.sample("connections.open", self.world.now_s, total)
 
     def count_calls(self) -> None:
@@ -194,13 +197,35 @@ def is_joined(machine: Machine) -> bool:
     return machine.peer is not None and cast(DhtPeer, machine.peer).joined.is_set()
 
 
-async def beside(field: Field, scene: Coroutine[Any, Any, None]) -> None:
-    """Run a scene with the watch beside it."""
-    async with asyncio.TaskGroup() as tasks:
-        watch = tasks.create_task(field.watch(), name="watch")
-        await scene
-        field.count_calls()
-        watch.cancel()
+def has_idle(peer: DhtPeer) -> bool:
+    """Whether it holds a connection without a stream. (A DHT keeps none.)"""
+    return any(not connection.session.lanes for connection in peer.overlay.connections())
+
+
+class DhtScene(Scene[Told], ABC):
+    """A scene on a field of its own, with the watch beside it."""
+
+    def __init__(self, world: World, settings: Told, metrics: Metrics) -> None:
+        super().__init__(world, settings, metrics)
+        self._field = Field(world, metrics, type(self).__name__.lower())
+
+    async def run(self) -> None:
+        """The scene, and what is counted at its end."""
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._field.watch(), name="watch")
+            await self._scene()
+            self._field.count_calls()
+            watch.cancel()
+
+    @abstractmethod
+    async def _scene(self) -> None:
+        """What happens."""
+
+    async def _begin(self, settle_s: float) -> list[Machine]:
+        """Everybody, once all have joined and a while has passed."""
+        await self._field.wait_joined()
+        await asyncio.sleep(settle_s)
+        return self._field.joined()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,25 +255,15 @@ class RecordsSettings:
     ttl_s: float = TTL_S
 
 
-class Records:
+class Records(DhtScene[RecordsSettings]):
     """See `RecordsSettings`."""
 
     SETTINGS: ClassVar[type[RecordsSettings]] = RecordsSettings
     METRICS: ClassVar[Mapping[str, str]] = {**COMMON_METRICS, "shared.records": "records that everybody looked for"}
 
-    def __init__(self, world: World, settings: RecordsSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._field = Field(world, metrics, "records")
-        self._metrics = metrics
-
-    async def run(self) -> None:
-        await beside(self._field, self._scene())
-
     async def _scene(self) -> None:
         field, settings = self._field, self._settings
-        await field.wait_joined()
-        await asyncio.sleep(settings.settle_s)
+        await self._begin(settings.settle_s)
         field.settled()
         lost = self._to_be_lost()
         stay = [machine for machine in field.joined() if machine.name not in lost]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import ClassVar
 
 from netsim.metrics import Metrics
-from netsim.workloads.dht import COMMON_METRICS, Field, Published, beside, is_joined, peer_of
+from netsim.workloads.dht import COMMON_METRICS, DhtScene, Published, is_joined, peer_of
 from netsim.world import HostDied, Machine, World
 
 TTL_SLACK_S = 5.0
@@ -52,22 +52,16 @@ class ChurnSettings:
     warm_s: float = 20.0
 
 
-class Churn:
+class Churn(DhtScene[ChurnSettings]):
     """See `ChurnSettings`. Goes on until the time is over."""
 
     SETTINGS: ClassVar[type[ChurnSettings]] = ChurnSettings
     METRICS: ClassVar[Mapping[str, str]] = {**COMMON_METRICS, "alive": "hosts that run, over time"}
 
     def __init__(self, world: World, settings: ChurnSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
-        self._field = Field(world, metrics, "churn")
+        super().__init__(world, settings, metrics)
         self._kept: dict[bytes, _Kept] = {}
         self._left: list[_Kept] = []
-
-    async def run(self) -> None:
-        await beside(self._field, self._scene())
 
     async def _scene(self) -> None:
         settings, field = self._settings, self._field
@@ -129,7 +123,7 @@ class PartitionSettings:
     ttl_s: float = 600.0
 
 
-class Partition:
+class Partition(DhtScene[PartitionSettings]):
     """See `PartitionSettings`."""
 
     SETTINGS: ClassVar[type[PartitionSettings]] = PartitionSettings
@@ -140,20 +134,9 @@ class Partition:
         "healed.share": "of the lookups afterwards for everything",
     }
 
-    def __init__(self, world: World, settings: PartitionSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
-        self._field = Field(world, metrics, "partition")
-
-    async def run(self) -> None:
-        await beside(self._field, self._scene())
-
     async def _scene(self) -> None:
         settings, field = self._settings, self._field
-        await field.wait_joined()
-        await asyncio.sleep(settings.settle_s)
-        everybody = field.joined()
+        everybody = await self._begin(settings.settle_s)
         homes = [machine for machine in everybody if machine.group != "boot"]
         far = field.draws.sample(homes, round(settings.share * len(everybody)))
         names = {machine.name: None for machine in far}
@@ -206,7 +189,7 @@ class ExpirySettings:
     settle_s: float = 20.0
 
 
-class Expiry:
+class Expiry(DhtScene[ExpirySettings]):
     """See `ExpirySettings`."""
 
     SETTINGS: ClassVar[type[ExpirySettings]] = ExpirySettings
@@ -216,21 +199,11 @@ class Expiry:
         "stored.left": "records that hosts still hold when all that were published ran out",
     }
 
-    def __init__(self, world: World, settings: ExpirySettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
-        self._field = Field(world, metrics, "expiry")
-
-    async def run(self) -> None:
-        await beside(self._field, self._scene())
-
     async def _scene(self) -> None:
         settings, field = self._settings, self._field
-        await field.wait_joined()
-        await asyncio.sleep(settings.settle_s)
+        everybody = await self._begin(settings.settle_s)
         field.settled()
-        publishers = field.draws.sample([m for m in field.joined() if m.group != "boot"], 3 * settings.keys)
+        publishers = field.draws.sample([m for m in everybody if m.group != "boot"], 3 * settings.keys)
         made: list[tuple[Machine, Published]] = []
         for number, machine in enumerate(publishers):
             record = await field.publish(machine, f"key {number % settings.keys}".encode(), settings.ttl_s)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import msgpack
 
 from netsim.metrics import Metrics
-from netsim.workloads.dht import COMMON_METRICS, Field, Published, beside, peer_of
+from netsim.workloads.dht import COMMON_METRICS, DhtScene, Published, peer_of
 from netsim.world import HostDied, Machine, World
 from overlay.dht import limits
 from overlay.dht.records import Record, encode_record, location_of, seal_record
@@ -53,7 +53,7 @@ class FloodSettings:
     settle_s: float = 20.0
 
 
-class Flood:
+class Flood(DhtScene[FloodSettings]):
     """See `FloodSettings`. Hosts of the group ``liar`` lie."""
 
     SETTINGS: ClassVar[type[FloodSettings]] = FloodSettings
@@ -68,14 +68,11 @@ class Flood:
         "held.bytes.max": "bytes of records that an honest node holds",
     }
 
+    COUNTED = ("offered", "forged.held", "forged.returned")
+
     def __init__(self, world: World, settings: FloodSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
-        self._field = Field(world, metrics, "flood")
+        super().__init__(world, settings, metrics)
         self._key = settings.key.encode()
-        for name in ("offered", "forged.held", "forged.returned"):
-            metrics.count(name, 0)
         for machine in world.group("liar"):
             self._choose_identity(machine)
 
@@ -86,16 +83,12 @@ class Flood:
         best = min(seeds, key=lambda seed: int.from_bytes(node_id_of(Identity(seed).peer_id), "big") ^ target)
         machine.disk.write(IDENTITY_FILE, PRIVATE_KEY_PREFIX + best + Identity(best).public_key)
 
-    async def run(self) -> None:
-        await beside(self._field, self._scene())
-
     async def _scene(self) -> None:
         settings, field = self._settings, self._field
-        await field.wait_joined()
-        await asyncio.sleep(settings.settle_s)
+        everybody = await self._begin(settings.settle_s)
         field.settled()
         liars = list(self._world.group("liar"))
-        honest = [machine for machine in field.joined() if machine.group != "liar"]
+        honest = [machine for machine in everybody if machine.group != "liar"]
         self._count_nearest()
         before = await self._publish(field.draws.sample(honest, settings.publishers))
         async with asyncio.TaskGroup() as tasks:

@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 from netsim.metrics import Metrics
 from netsim.peers.bare import BarePeer
 from netsim.peers.garbler import GarblerPeer, Layer
+from netsim.workloads import Scene
 from netsim.workloads.streams import one_of, ready
 from netsim.world import Machine, World
 from overlay.errors import DialError, PeerdError
@@ -32,7 +33,7 @@ class GarbageSettings:
     ask_every_s: float = 0.1
 
 
-class Garbage:
+class Garbage(Scene[GarbageSettings]):
     """Typed ends, nothing raises through, and others are served meanwhile."""
 
     SETTINGS: ClassVar[type[GarbageSettings]] = GarbageSettings
@@ -52,13 +53,11 @@ class Garbage:
         "left.lanes": "lanes at the victim, long after",
     }
 
+    COUNTED = ("attacks", "refused", "borne", "dials", "dials.failed", "dials.untyped", "asked", "answered")
+
     def __init__(self, world: World, settings: GarbageSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
+        super().__init__(world, settings, metrics)
         metrics.expect("ended_s")
-        for name in ("attacks", "refused", "borne", "dials", "dials.failed", "dials.untyped", "asked", "answered"):
-            metrics.count(name, 0)
 
     async def run(self) -> None:
         world, told = self._world, self._settings

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from netsim.metrics import Metrics
 from netsim.peers.bare import CROSS, DECODE, DRIP, ECHO, PIECE_BYTES, BarePeer, window
+from netsim.workloads import Scene
 from netsim.workloads.streams import one_of, ready
 from netsim.world import World
 from overlay.connection import Connection
@@ -46,7 +47,7 @@ class SlowSettings:
     every_s: float = 0.1
 
 
-class Slow:
+class Slow(Scene[SlowSettings]):
     """What slow readers hold of everybody's memory, and whether others notice."""
 
     SETTINGS: ClassVar[type[SlowSettings]] = SlowSettings
@@ -60,9 +61,7 @@ class Slow:
     }
 
     def __init__(self, world: World, settings: SlowSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
+        super().__init__(world, settings, metrics)
         self._most = {"unread_bytes": 0, "unsent_bytes": 0}
         self._sent = self._came = 0
 
@@ -125,7 +124,7 @@ class ChurnSettings:
     bytes_max: int = 30_000
 
 
-class Churn:
+class Churn(Scene[ChurnSettings]):
     """Thousands of streams that are opened and ended in every way: nothing of them stays."""
 
     SETTINGS: ClassVar[type[ChurnSettings]] = ChurnSettings
@@ -139,13 +138,11 @@ class Churn:
         "left.objects": "stream objects that are still in memory",
     }
 
+    COUNTED = ("opened", "wrong")
+
     def __init__(self, world: World, settings: ChurnSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
+        super().__init__(world, settings, metrics)
         self._draws = world.random("ends of streams")
-        for name in ("opened", "wrong"):
-            metrics.count(name, 0)
 
     async def run(self) -> None:
         world, told = self._world, self._settings
@@ -222,7 +219,7 @@ class CrossedSettings:
     streams: int = 8
 
 
-class Crossed:
+class Crossed(Scene[CrossedSettings]):
     """Both sides write before they read, and nobody waits for ever."""
 
     SETTINGS: ClassVar[type[CrossedSettings]] = CrossedSettings
@@ -231,11 +228,6 @@ class Crossed:
         "took_s": "seconds until the last was whole",
         "ask_s": "seconds of calls meanwhile on the same connection",
     }
-
-    def __init__(self, world: World, settings: CrossedSettings, metrics: Metrics) -> None:
-        self._world = world
-        self._settings = settings
-        self._metrics = metrics
 
     async def run(self) -> None:
         world, told = self._world, self._settings
