@@ -1,8 +1,8 @@
 """One secured, multiplexed connection: the synchronous path between a socket and its streams.
 
-Owns the upgrade, decryption into the mux, and the one writer that drains control frames first and then streams by
-priority, round robin within one. Never awaits: reading only ever enqueues and calls receivers, writing stops at the
-transport's high-water mark and goes on from `resume_writing`. See docs/design.md, "one token's path".
+Owns the upgrade, decryption into the mux, and the one writer that seals what `overlay.outbox` says comes next. Never awaits:
+reading only ever enqueues and calls receivers, writing stops at the transport's high-water mark and goes on from
+`resume_writing`. See docs/design.md, "one token's path".
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from overlay.errors import ConnectionLost, LimitExceeded, PeerdError, ProtocolVi
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr, tcp_address
 from overlay.noise.transport import PLAINTEXT_BYTES_MAX, CipherState, FrameSplitter
-from overlay.pacing import Pacer, UrgentTraffic
+from overlay.outbox import Outbox
+from overlay.pacing import UrgentTraffic
 from overlay.stream import Priority, Stream
 from overlay.upgrade import Upgrade
 from overlay.uplink import Uplink
-from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, HEADER_BYTES, Lane, Session
+from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, Lane, Session
 
 log = logging.getLogger(__name__)
 
 CONTROL_IN_MESSAGE_BYTES = 2 << 10
 """Up to so much, control frames share a message with data."""
-
-PIECE_ALONE_BYTES = 32 << 10
-"""A piece of so much is sealed from where it lies, in a message of its own; smaller ones are joined, which costs less."""
 
 _rings: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
@@ -97,12 +95,11 @@ class Connection(asyncio.BufferedProtocol):
         self._splitter = FrameSplitter()
         self.session = Session(self, client=not is_inbound)
         self._error: PeerdError | None = None
-        self._ready: tuple[list[Stream], ...] = tuple([] for _ in Priority)  # an idle deque takes 0.7 KiB
         self._blocked = False
         self._uplink = Uplink()
-        self._pacer = Pacer()
-        self._is_paced = False
-        self._bulk_sent_at: float | None = None
+        self._outbox = Outbox(self.session, owner.urgent, self._uplink, clock_now)
+        self.schedule = self._outbox.schedule
+        """Put a stream that has something to send in its priority's queue."""
         self._pumping = False
         self._reading = False
         self.was_left = False
@@ -273,8 +270,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def mark_echoed(self, number: int) -> None:
         """What was written before the mark has arrived: there is room for more bulk, with the next write."""
-        self._pacer.echoed(number, self.sent_bytes, self._now())
-        self._uplink.paced(self._pacer.rate, self.rtt_s)
+        self._outbox.mark_echoed(number, self.sent_bytes)
 
     def go_away(self, code: int) -> None:
         if code != GOAWAY_NORMAL:
@@ -324,12 +320,6 @@ class Connection(asyncio.BufferedProtocol):
             self.schedule(stream)
             self.pump()
 
-    def schedule(self, stream: Stream) -> None:
-        """Put a stream that has something to send in its priority's queue."""
-        if not stream.scheduled and stream.outgoing:
-            stream.scheduled = True
-            self._ready[stream.rank].append(stream)
-
     # --- the writer ---
 
     def pump(self) -> None:
@@ -337,14 +327,16 @@ class Connection(asyncio.BufferedProtocol):
         if self._pumping or self._sender is None or self._transport is None or self._error is not None:
             return
         session = self.session
-        control, decode, bulk, blob = self._ready
+        outbox = self._outbox
+        control, decode, bulk, blob = outbox.ready
         self._pumping = True
         try:
             while (session.has_control or control or decode or bulk or blob) and not self._blocked:
                 self._write_long_control()
-                plaintexts = self._fill()
+                plaintexts = outbox.fill(self.sent_bytes)
                 if session.has_control and sum(map(len, plaintexts)) < CONTROL_IN_MESSAGE_BYTES:
-                    plaintexts += self._fill()  # the FIN behind the last bytes of a stream goes out with them
+                    # the FIN behind the last bytes of a stream goes out with them
+                    plaintexts += outbox.fill(self.sent_bytes)
                 if not plaintexts:
                     break
                 sealed = self._sender.seal_framed_each(plaintexts)
@@ -355,41 +347,6 @@ class Connection(asyncio.BufferedProtocol):
         finally:
             self._pumping = False
 
-    def _fill(self) -> list[bytes | memoryview]:
-        """The next Noise plaintexts: control frames, then frames of streams in order of priority."""
-        pieces: list[bytes | memoryview] = []
-        room = min(PLAINTEXT_BYTES_MAX, self._uplink.chunk_bytes(is_paced=self._is_paced))
-        if self.session.has_control:
-            control = self.session.poll_control()
-            pieces.append(control)
-            room -= len(control)
-        for rank, queue in enumerate(self._ready):
-            if rank >= Priority.BULK and queue and not self._may_send_bulk():
-                break
-            while queue and room > HEADER_BYTES:
-                stream = queue.pop(0)
-                stream.scheduled = False
-                room -= self._take(stream, room, pieces)
-                self.schedule_rest(stream)
-            if queue:
-                break
-        return _joined(pieces)
-
-    def _may_send_bulk(self) -> bool:
-        """Whether bulk may add to what is under way: always, unless something urgent of this host shares the uplink."""
-        now, position = self._now(), self.sent_bytes
-        if not self._owner.urgent.is_live(now):
-            self._is_paced = False
-            self._bulk_sent_at = now
-            return True
-        if not self._is_paced:
-            self._is_paced = True
-            is_full = self._bulk_sent_at is not None and now - self._bulk_sent_at < limits.URGENT_LIFE_S
-            self._pacer.begin(position, now, self.rtt_s, is_full=is_full)
-        if self._pacer.wants_mark(position, now):
-            self.session.mark(self._pacer.mark(position, now))
-        return self._pacer.room(position) > 0
-
     def _write_long_control(self) -> None:
         """More control frames than one message holds go out in messages of their own; data follows after them."""
         if self.session.control_bytes <= CONTROL_IN_MESSAGE_BYTES:
@@ -399,36 +356,6 @@ class Connection(asyncio.BufferedProtocol):
         control = self.session.poll_control()
         for start in range(0, len(control), PLAINTEXT_BYTES_MAX):
             transport.write(sender.seal_framed(control[start : start + PLAINTEXT_BYTES_MAX]))
-
-    def schedule_rest(self, stream: Stream) -> None:
-        """Queue the stream again if its window lets it go on."""
-        if stream.outgoing and stream.lane.send_window > 0:
-            self.schedule(stream)
-
-    def _take(self, stream: Stream, room: int, pieces: list[bytes | memoryview]) -> int:
-        lane = stream.lane
-        if not lane.can_send:
-            return 0
-        budget = min(room - HEADER_BYTES, lane.send_window, stream.outgoing_bytes)
-        if budget <= 0:
-            return 0
-        if stream.rank is Priority.DECODE:
-            self._owner.urgent.last_at = self._now()
-        pieces.append(self.session.data_header(lane, budget))
-        left = budget
-        while left:
-            view = stream.outgoing[0]
-            if len(view) <= left:
-                pieces.append(view)
-                left -= len(view)
-                stream.outgoing.popleft()
-            else:
-                pieces.append(view[:left])
-                stream.outgoing[0] = view[left:]
-                left = 0
-        stream.outgoing_bytes -= budget
-        stream.sent()
-        return HEADER_BYTES + budget
 
     # --- the end ---
 
@@ -506,22 +433,3 @@ class Connection(asyncio.BufferedProtocol):
     async def wait_closed(self) -> None:
         """Until the connection has ended, whatever the reason."""
         await self._closed.wait()
-
-
-def _joined(pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:
-    """Runs of small pieces put together; large ones as they are, which saves a copy of every tensor."""
-    if all(len(piece) < PIECE_ALONE_BYTES for piece in pieces):
-        return [b"".join(pieces)] if pieces else []
-    joined: list[bytes | memoryview] = []
-    run: list[bytes | memoryview] = []
-    for piece in pieces:
-        if len(piece) < PIECE_ALONE_BYTES:
-            run.append(piece)
-            continue
-        if run:
-            joined.append(b"".join(run))
-            run = []
-        joined.append(piece)
-    if run:
-        joined.append(b"".join(run))
-    return joined

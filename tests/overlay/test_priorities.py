@@ -56,11 +56,11 @@ def test_bulk_leaves_room_while_anything_urgent_was_sent_and_takes_it_all_otherw
         order, connection, (bulk, token) = await _streams(one, two, Priority.BULK, Priority.DECODE)
         one.urgent.last_at = None
         await bulk.write(bytes(1 << 20))
-        assert connection._pacer.base_s is None
+        assert connection._outbox.pacer.base_s is None
         token.write_nowait(b"token")
         await bulk.write(bytes(4 << 20))
         await until(lambda: order.bytes_of(bulk) == 5 << 20)
-        assert connection._pacer.base_s is not None
+        assert connection._outbox.pacer.base_s is not None
 
     run_hosts(2, scene)
 
