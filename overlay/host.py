@@ -1,14 +1,14 @@
 """The node's end of the overlay: listens, dials, keeps one connection per pair of peers, hands streams to handlers.
 
-Owns the task group of everything below it, the address book and the limits on handshakes. A handler's exception resets its
-stream, is logged, and goes no further (this is one of the two supervision points). Knows nothing of DHT, RPC or models.
+Owns the task group of everything below it, the address book and the limits on handshakes. What handlers do is `overlay.services`'.
+Knows nothing of DHT, RPC or models.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -30,12 +30,12 @@ from overlay.noise.handshake import Handshake
 from overlay.pacing import UrgentTraffic
 from overlay.ping import PING, answer_pings
 from overlay.ports import Listener, Ports, Randomness
+from overlay.services import Handler, Service, Services
 from overlay.stream import Priority, Stream
 from overlay.upgrade import YAMUX, Securing, Upgrade
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[Stream], Awaitable[None]]
 ConnectionListener = Callable[[Connection], None]
 NETWORK_PROLOGUE = b"peerd-network:1:"
 MAINTENANCE_S = 2.0
@@ -97,13 +97,6 @@ class Keep:
         self.release()
 
 
-@dataclass(frozen=True, slots=True)
-class _Service:
-    handler: Handler
-    max_inbound_per_peer: int
-    priority: Priority
-
-
 class Host:
     """``async with Host(identity, ports, config) as host``. Every method is for the loop's thread."""
 
@@ -117,17 +110,20 @@ class Host:
         self._secure = secure
         self._dialler = Dialler(ports, self.address_book, self._dialling)
         self._introductions = Introductions(
-            identity, self.config.agent, ports.clock, self.address_book, lambda: (self.addresses, self._served)
+            identity,
+            self.config.agent,
+            ports.clock,
+            self.address_book,
+            lambda: (self.addresses, self._services.protocols),
         )
-        self._services: dict[str, _Service] = {}
-        self._served: frozenset[str] = frozenset()
+        self._services = Services(self._spawn)
+        self.stream_ready = self._services.begin
+        """Told by connections: a peer opened a stream, and both agreed on its protocol."""
         self._connections: dict[PeerId, Connection] = {}
         self._upgrading: dict[Connection, float] = {}
         self._draining: dict[Connection, float] = {}
         self._listeners: list[Listener] = []
         self._dials: dict[PeerId, asyncio.Task[Connection | PeerdError]] = {}
-        self._handler_tasks: dict[Stream, asyncio.Task[None]] = {}
-        self._inbound: dict[tuple[PeerId, str], int] = {}
         self._on_open: list[ConnectionListener] = []
         self._on_close: list[ConnectionListener] = []
         self.urgent = UrgentTraffic()
@@ -158,6 +154,7 @@ class Host:
         tasks = self._tasks
         assert tasks is not None
         self._closing = True
+        self._services.refuse()
         for listener in self._listeners:
             listener.close()
         if self._maintenance is not None:
@@ -168,8 +165,7 @@ class Host:
         for connection in open_connections:
             connection.close_nowait()
         await asyncio.gather(*(connection.close() for connection in open_connections))
-        for task in list(self._handler_tasks.values()):
-            task.cancel()
+        self._services.cancel()
         await tasks.__aexit__(None, None, None)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -217,7 +213,7 @@ class Host:
         return self.address_book.protocols(peer)
 
     def served_protocols(self) -> frozenset[str]:
-        return self._served
+        return self._services.protocols
 
     def add_connection_listener(self, on_open: ConnectionListener, on_close: ConnectionListener) -> None:
         """Hear of every connection that is used, synchronously; one that was left (`Connection.was_left`) is closed for its users."""
@@ -235,14 +231,12 @@ class Host:
         priority: Priority = Priority.CONTROL,
     ) -> None:  # fmt: skip
         """Hand inbound streams of ``protocol`` to ``handler``, each in a task of its own."""
-        self._services[protocol] = _Service(handler, max_inbound_per_peer, priority)
-        self._served = frozenset(self._services)
+        self._services.add(protocol, Service(handler, max_inbound_per_peer, priority))
         self._push_soon()
 
     def unserve(self, protocol: str) -> None:
         """Stop accepting streams of ``protocol``; running handlers go on."""
-        self._services.pop(protocol, None)
-        self._served = frozenset(self._services)
+        self._services.remove(protocol)
         self._push_soon()
 
     async def listen(self, address: Multiaddr) -> tuple[Multiaddr, ...]:
@@ -446,36 +440,6 @@ class Host:
 
     def stream_opened(self, connection: Connection, stream: Stream) -> None:
         """An inbound stream, before its protocol is known: `Connection.reap` bounds how long that takes."""
-
-    def stream_ready(self, connection: Connection, stream: Stream) -> None:
-        service = self._services.get(stream.protocol)
-        key = (connection.remote_peer, stream.protocol)
-        count = self._inbound.get(key, 0)
-        if service is None or self._closing or count >= service.max_inbound_per_peer:
-            stream.reset("limit")
-            return
-        self._inbound[key] = count + 1
-        stream.priority = service.priority
-        if service.priority in (Priority.DECODE, Priority.BULK):
-            connection.session.grant(stream.lane, limits.EXTRA_WINDOW_BYTES)
-        name = f"{stream.protocol} from {connection.remote_peer.short}"
-        self._handler_tasks[stream] = self._spawn(self._handle(stream, service, key), name)
-
-    async def _handle(self, stream: Stream, service: _Service, key: tuple[PeerId, str]) -> None:
-        try:
-            await service.handler(stream)
-            await stream.close()
-        except PeerdError as error:
-            log.debug("%s from %s ended: %s", stream.protocol, stream.remote_peer.short, error)
-            stream.reset(error.code)
-        except Exception:
-            log.exception("the handler of %s failed; its stream was reset", stream.protocol)
-            stream.reset("internal")
-        finally:
-            self._handler_tasks.pop(stream, None)
-            self._inbound[key] -= 1
-            if not self._inbound[key]:
-                del self._inbound[key]
 
     # --- maintenance ---
 
