@@ -105,18 +105,20 @@ class Churn(DhtScene[ChurnSettings]):
 
 @dataclass(frozen=True, slots=True)
 class PartitionSettings:
-    """The network breaks in two; both parts publish; it heals.
+    """The network breaks in two; both parts publish, and everybody looks for so much that it forgets whom it can't reach; it heals.
 
     Attributes:
         keys: published before, in each part during, and looked for by ``lookers`` hosts.
         share: of the hosts, on the far side; ``boot`` hosts stay on the near one.
         for_s: how long it lasts.
+        looks: of each host while it lasts, for keys that nobody published.
         healed_s: the time to find together again.
     """
 
     keys: int = 10
     share: float = 0.5
     for_s: float = 240.0
+    looks: int = 6
     healed_s: float = 240.0
     lookers: int = 10
     settle_s: float = 20.0
@@ -132,6 +134,8 @@ class Partition(DhtScene[PartitionSettings]):
         "before.share": "of the lookups before, those that found all",
         "within.share": "of the lookups in a part for what that part published",
         "healed.share": "of the lookups afterwards for everything",
+        "across.within": "contacts on the other side that hosts still have just before the network heals, all together",
+        "across.healed": "contacts that a host has on the other side, long after",
     }
 
     async def _scene(self) -> None:
@@ -146,13 +150,30 @@ class Partition(DhtScene[PartitionSettings]):
         number = self._world.partition(list(names), [machine.name for machine in near])
         await asyncio.sleep(settings.for_s / 2)
         on_far, on_near = await self._publish(far, "far"), await self._publish(near, "near")
+        await self._wear_out(everybody)
         await asyncio.sleep(settings.for_s / 2)
         await self._look("within.share", far, on_far)
         await self._look("within.share", near, on_near)
+        across = sum(_known_of(one, near) for one in far) + sum(_known_of(one, far) for one in near)
+        self._metrics.put("across.within", across)
         self._world.heal(number)
         await asyncio.sleep(settings.healed_s)
+        for machine in everybody:
+            others = near if machine.name in names else far
+            self._metrics.observe("across.healed", _known_of(machine, others), of=machine.name)
         field.settled()
         await self._look("healed.share", everybody, [*before, *on_far, *on_near])
+
+    async def _wear_out(self, machines: Sequence[Machine]) -> None:
+        """Let everybody ask whomever it knows near this place and that, until those on the other side are known no more."""
+        works = []
+        for machine in machines:
+            for number in range(self._settings.looks):
+                works.append(partial(self._ask_for, machine, f"{number} of nobody".encode()))
+        await self._field.at_once(works)
+
+    async def _ask_for(self, machine: Machine, key: bytes) -> None:
+        await self._world.on(machine, peer_of(machine).find(key))
 
     async def _publish(self, machines: Sequence[Machine], when: str) -> list[Published]:
         keys = [f"{when} {number}".encode() for number in range(self._settings.keys)]
@@ -171,6 +192,12 @@ class Partition(DhtScene[PartitionSettings]):
         before = self._metrics.numbers().get(metric)
         share = sum(found) / len(found)
         self._metrics.put(metric, share if before is None else min(share, before))
+
+
+def _known_of(machine: Machine, others: Sequence[Machine]) -> int:
+    """How many of the others it has as contacts."""
+    known = {peer: None for peer, _ in peer_of(machine).dht.known_peers()}
+    return sum(peer_of(other).identity.peer_id in known for other in others)
 
 
 @dataclass(frozen=True, slots=True)
