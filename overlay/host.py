@@ -7,7 +7,6 @@ Knows nothing of DHT, RPC or models.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,8 +32,6 @@ from overlay.ports import Listener, Ports, Randomness
 from overlay.services import Handler, Service, Services
 from overlay.stream import Priority, Stream
 from overlay.upgrade import YAMUX, Securing, Upgrade
-
-log = logging.getLogger(__name__)
 
 ConnectionListener = Callable[[Connection], None]
 NETWORK_PROLOGUE = b"peerd-network:1:"
@@ -437,9 +434,6 @@ class Host:
         ]
         for index in to_leave([found.last_received for found in quiet], len(self._connections), now):
             quiet[index].leave()
-
-    def stream_opened(self, connection: Connection, stream: Stream) -> None:
-        """An inbound stream, before its protocol is known: `Connection.reap` bounds how long that takes."""
 
     # --- maintenance ---
 
