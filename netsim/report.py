@@ -119,7 +119,8 @@ def failure_lines(outcome: Outcome) -> list[str]:
     lines = [f"  FAILED: {outcome.scenario}, seed {outcome.seed}"]
     for one in outcome.checks:
         if not one.holds:
-            lines.append(f"    {one.metric} is {said(one.value)}, wanted {one.bound}{_whose(one.culprits)}")
+            verb = "was" if one.value is None else "is"
+            lines.append(f"    {one.metric} {verb} {said(one.value)}, wanted {one.bound}{_whose(one.culprits)}")
     for failure in outcome.failures:
         first, *rest = failure.rstrip().splitlines() or [""]
         lines += [f"    {first}", *(f"    {line}" for line in rest)]

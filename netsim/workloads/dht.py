@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -80,22 +80,23 @@ class Field:
     async def wait_joined(self, names: Sequence[str] | None = None) -> None:
         """Until every host (or every one of those) runs and has joined; measures it."""
         wanted = [self.world.machines[name] for name in (self.world.machines if names is None else names)]
-        while self._owe_joining(machine.name for machine in wanted if not is_joined(machine)):  # noqa: ASYNC110 - virtual time is cheap
+        while self._count_joined(wanted) < len(wanted):  # noqa: ASYNC110 - virtual time is cheap
             await asyncio.sleep(POLL_S)
         for machine in wanted:
             self.metrics.observe("join_s", peer_of(machine).join_s, of=machine.name)
         calls = sum(peer_of(machine).dht.statistics().calls for machine in wanted)
-        self.metrics.put("joined", len(wanted))
         self.metrics.put("join.calls", calls / len(wanted))
         for machine in wanted:
             self.metrics.observe("contacts", peer_of(machine).dht.statistics().contacts, of=machine.name)
 
-    def _owe_joining(self, names: Iterable[str]) -> bool:
-        """Whether there are any who didn't join; a run that ends now tells who."""
-        missing = tuple(names)
+    def _count_joined(self, wanted: Sequence[Machine]) -> int:
+        """A run that ends now tells how many have joined, and who hasn't."""
+        missing = [machine.name for machine in wanted if not is_joined(machine)]
         for metric in ("joined", "join_s", "contacts"):
             self.metrics.owed_by(metric, missing)
-        return bool(missing)
+        joined = len(wanted) - len(missing)
+        self.metrics.put("joined", joined)
+        return joined
 
     def settled(self) -> None:
         """From now on the number of each host's connections counts."""

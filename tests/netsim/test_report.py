@@ -73,6 +73,10 @@ def test_a_failure_names_a_few_of_many_culprits_and_what_the_run_did_last_where_
     failed = dataclasses.replace(outcome(7, 1.0), checks=(check,), stories=stories)
     text = "\n".join(failure_lines(failed))
     assert "joined is 1, wanted >= 9 (of home-1, home-2, home-3, home-4, home-5, home-6 and 3 more)" in text
+    never = dataclasses.replace(check, value=None, culprits=())
+    assert "    joined was never measured, wanted >= 9\n" in "\n".join(
+        failure_lines(dataclasses.replace(failed, checks=(never,)))
+    )
     assert "    what happened last in the run:\n          2.000000  fault home-7 kill" in text
 
 
