@@ -65,6 +65,11 @@ class SimDevice:
     def queue_depth(self) -> int:
         return len(self._heap) + self._running
 
+    @property
+    def leases(self) -> tuple[LeaseKey, ...]:
+        """Those that have KV here."""
+        return tuple(self._leases)
+
     def start(self) -> None:
         """Jobs that came before run now."""
         self._started = True

@@ -12,7 +12,7 @@ import random  # noqa: TID251 - a seeded generator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from netsim.loop import HOST, VirtualLoop
 from overlay.errors import PeerdError
@@ -25,13 +25,18 @@ SESSION_KINDS = frozenset(
 DELAY_S_MAX = 0.4
 SWAP_S_MAX = 0.5
 LANES_MAX = 4096
-SELDOM_KINDS = ("heartbeat",)
+FIRST_WINDOW = "first window"
+SELDOM_KINDS = ("heartbeat", FIRST_WINDOW)
 SELDOM = 10.0
 """Of what is said seldom, so many times as many are copied as of windows and results."""
 FAR = 1000
-"""Turns and positions that nobody has come to."""
+"""Turns that nobody has come to."""
+COPY = "copy"
+"""The field that names a copy's cell; receivers ignore fields that they don't know (docs/protocol.md, 1)."""
 
 Header = dict[str, Any]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 Edit = Callable[["Lane"], Message | None]
 
 
@@ -49,6 +54,12 @@ class Lane:
     """The one before the last."""
     swapped: Message | None = None
     """A window that waits for the next one to go first."""
+    top: int = 0
+    """The highest turn that was said or heard on it."""
+    former: Message | None = None
+    """Of a forward stream: the first window that its host said to this place on the stream before, in another epoch."""
+    turn: int = 1
+    """Of a driver's control stream: the last turn that left the driver."""
 
     def message(self, kind: str, fields: Mapping[str, Any] | None = None, *, epoch: int = 0) -> Message:
         """A message of our own making about this lane's session, ``epoch`` counters away."""
@@ -69,6 +80,8 @@ class Cell:
     make: Edit
     at_once: bool = False
     """The stream may be closed right afterwards."""
+    is_aside: bool = False
+    """Said on one of the driver's control streams, whatever stream the trigger was on."""
 
     @property
     def name(self) -> str:
@@ -95,14 +108,25 @@ def _other_epoch(kind: str, by: int) -> Edit:
 
 
 def _far(kind: str) -> Edit:
-    """A turn that was never sent, at a place that nobody has come to."""
+    """A turn that was never sent, one token beyond the next place: within the session's length, or that would be what is refused."""
+    return _newest(kind, lambda header: {**header, "n": header["n"] + FAR, "o": header["o"] + header["c"] + 1})
+
+
+def _next(kind: str, epoch: int) -> Edit:
+    """What would fit in the next place, were its epoch the hop's."""
 
     def edit(header: Header) -> Header:
-        return {**header, "n": header["n"] + FAR, "o": header["o"] + FAR}
+        return _with_epoch({**header, "n": header["n"] + 1, "o": header["o"] + header["c"]}, epoch)
 
+    return _newest(kind, edit)
+
+
+def _newest(kind: str, edit: Callable[[Header], Header]) -> Edit:
     def make(lane: Lane) -> Message | None:
         said = lane.said.get(kind)
-        return None if said is None or isinstance(said.header["w"], list | tuple) else _edited(said, edit)
+        if said is None or isinstance(said.header["w"], list | tuple) or said.header["n"] < lane.top:
+            return None  # said again out of a journal: the receiver is further than this
+        return _edited(said, edit)
 
     return make
 
@@ -148,7 +172,25 @@ def _report(lane: Lane) -> Header:
 
 
 def _cancel(lane: Lane) -> Header:
-    return {"n": 0}
+    """Of the turn that has just left the driver: some hops have computed it by then, others haven't."""
+    return {"n": lane.turn}
+
+
+def _far_cancel(lane: Lane) -> Header:
+    """It would empty all that comes."""
+    return {"n": lane.turn + FAR}
+
+
+def _cancels() -> list[Cell]:
+    def aside(column: str, fields: Callable[[Lane], Header], epoch: int = 0) -> Cell:
+        return Cell("hop", "cancel", column, FORWARD, "window", _own("cancel", fields, epoch), column == "first", True)
+
+    return [
+        aside("first", _cancel),
+        Cell("hop", "cancel", "duplicate", DRIVER_CONTROL, "cancel", _again("cancel")),
+        aside("early", _far_cancel, 1),
+        aside("late", _far_cancel, -1),
+    ]
 
 
 def _nothing(lane: Lane) -> Header:
@@ -186,9 +228,12 @@ def _copies(side: str, kind: str, role: str, *, at_once: bool = False) -> list[C
 CELLS: tuple[Cell, ...] = (
     *_copies("hop", "open", DRIVER_CONTROL),
     *_copies("hop", "window", FORWARD),
-    Cell("hop", "window", "early-place", FORWARD, "window", _far("window")),
+    Cell("hop", "window", "early-place", FORWARD, "window", _far("window"), at_once=True),
+    Cell("hop", "window", "early-next", FORWARD, "window", _next("window", 1), at_once=True),
+    Cell("hop", "window", "late-next", FORWARD, "window", _next("window", -1), at_once=True),
     Cell("hop", "window", "late-turn", FORWARD, "window", _older("window")),
-    *_three("hop", "cancel", DRIVER_CONTROL, "heartbeat", _cancel),
+    Cell("hop", "window", "late-epoch", FORWARD, FIRST_WINDOW, lambda lane: lane.former, at_once=True),
+    *_cancels(),
     *_copies("hop", "heartbeat", DRIVER_CONTROL),
     *_copies("hop", "close", DRIVER_CONTROL, at_once=True),
     *_three("hop", "gap", BACKWARD, "window", _gap),
@@ -224,6 +269,10 @@ class Mischief:
         self._count = count
         self._made = {cell.name: 0 for cell in CELLS}
         self._lanes: dict[MessageChannel, Lane] = {}
+        self._controls: dict[tuple[str, bytes], dict[int, Lane]] = {}
+        """The latest control streams of a driver's session, by hop."""
+        self._firsts: dict[tuple[str, bytes, int], Message] = {}
+        """The first window of the latest forward stream from a host to a place."""
         self._send = MessageChannel.send
         self.quiet = False
         """No copies for now."""
@@ -257,10 +306,12 @@ class Mischief:
         if lane is None:
             self._send(channel, message, **how)
             return
-        if lane.swapped is None and message.kind == "window" and self._draws.random() < self._swaps:
+        if lane.swapped is None and lane.said and message.kind == "window" and self._draws.random() < self._swaps:
             lane.swapped = message
             self._loop.call_later(self._draws.uniform(0, SWAP_S_MAX), self._unswap, lane, True)
             return
+        if lane.role == FORWARD and not lane.said:
+            self._begin(lane, message)
         self._note(lane, message)
         self._send(channel, message)
         self._unswap(lane)
@@ -294,7 +345,25 @@ class Mischief:
         if message.kind in lane.said:
             lane.before[message.kind] = lane.said[message.kind]
         lane.said[message.kind] = message
+        if message.kind in ("window", "result"):
+            lane.top = max(lane.top, message.header["n"])
         lane.header = {key: message.header[key] for key in ("s", "e", "h")}
+
+        if lane.role == DRIVER_CONTROL:
+            _kept(self._controls, (lane.host, lane.header["s"]), {})[lane.header["h"]] = lane
+        elif lane.role == FORWARD and message.kind == "window":
+            for control in self._controls.get((lane.host, lane.header["s"]), {}).values():
+                control.turn = message.header["n"]
+
+    def _begin(self, lane: Lane, window: Message) -> None:
+        """The first window of a forward stream: one of the epoch before may arrive just before it."""
+        place = (lane.host, lane.header["s"], lane.header["h"])
+        former = self._firsts.get(place)
+        if former is not None and former.header["e"] != window.header["e"]:
+            lane.former = _edited(former, lambda header: header)
+            self._perhaps(lane, FIRST_WINDOW)
+        _kept(self._firsts, place, window)
+        self._firsts[place] = window
 
     def _unswap(self, lane: Lane, quietly: bool = False) -> None:
         held, lane.swapped = lane.swapped, None
@@ -312,10 +381,15 @@ class Mischief:
         if self.quiet or self._draws.random() >= self._rate * often:
             return
         usable = [cell for cell in CELLS if cell.role == lane.role and cell.trigger == trigger]
-        made = [(self._made[cell.name], index, cell) for index, cell in enumerate(usable)]
+        asides = self._asides(lane) if trigger == "window" else []
+        made = [
+            (self._made[cell.name], index, cell) for index, cell in enumerate(usable) if asides or not cell.is_aside
+        ]
         if not made:
             return
         _, _, cell = min(made)
+        if cell.is_aside:
+            lane = asides[self._draws.randrange(len(asides))]
         copy = cell.make(lane)
         if copy is None:
             return
@@ -326,19 +400,38 @@ class Mischief:
         else:
             self._say(lane, cell, copy)
 
+    def _asides(self, lane: Lane) -> list[Lane]:
+        """The control streams of the driver whose window has just gone out by ``lane``; none where it was a hop's."""
+        if lane.role != FORWARD:
+            return []
+        controls = self._controls.get((lane.host, lane.header["s"]), {}).values()
+        return [control for control in controls if control.header["e"] == lane.header["e"]]
+
     def _say(self, lane: Lane, cell: Cell, copy: Message) -> None:
         try:
-            self._send(lane.channel, copy)
+            self._send(lane.channel, _marked(copy, cell))
         except PeerdError:
             return  # the stream ended meanwhile
         self._count(cell.name)
         if cell.column == "first":  # the duplicate of what we made up is a copy too
             duplicates = [
-                one for one in CELLS if one.role == cell.role and one.kind == cell.kind and one.column == "duplicate"
+                one for one in CELLS if one.side == cell.side and one.kind == cell.kind and one.column == "duplicate"
             ]
             for duplicate in duplicates:
                 try:
-                    self._send(lane.channel, copy)
+                    self._send(lane.channel, _marked(copy, duplicate))
                 except PeerdError:
                     return
                 self._count(duplicate.name)
+
+
+def _marked(copy: Message, cell: Cell) -> Message:
+    return _edited(copy, lambda header: {**header, COPY: cell.name})
+
+
+def _kept(table: dict[Key, Value], key: Key, default: Value) -> Value:
+    """What the table has under ``key``, ``default`` from now on where that's nothing; the oldest goes when there are too many."""
+    found = table.setdefault(key, default)
+    if len(table) > LANES_MAX:
+        del table[next(iter(table))]
+    return found

@@ -77,7 +77,8 @@ class Striker:
         session, hops = self._oldest_of(driver)
         if not hops:
             return False
-        index = int(strike.share * len(hops))
+        first = int(strike.kind == "forget" and len(hops) > 1)  # what the first hop lacks, no journal has
+        index = first + int(strike.share * (len(hops) - first))
         onward = hops[index + 1] if index + 1 < len(hops) else driver
         if not self.strike_one(hops[index], onward, strike):
             return False
@@ -200,6 +201,17 @@ def _lie_numbers(world: World, target: Machine, onward: Machine) -> Undo:
     return lambda: world.lie(target, "")
 
 
+def _forget(world: World, target: Machine, onward: Machine) -> Undo:
+    """It takes back the KV of its sessions, as it does with idle ones where memory is short; the sessions stay."""
+    peer = cast(NodePeer, target.peer)
+
+    async def forget() -> None:
+        peer.forget_kv()
+
+    world.spawn(target, forget(), "forgets")
+    return lambda: None
+
+
 STRIKES: Mapping[str, StrikeKind] = {
     "kill": _kill,
     "wipe": _wipe,
@@ -212,6 +224,7 @@ STRIKES: Mapping[str, StrikeKind] = {
     "cut-off": _cut_off,
     "reset": _reset,
     "full": _full,
+    "forget": _forget,
     "lie-shape": _lie_shape,
     "lie-numbers": _lie_numbers,
 }

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from blocks.engine.errors import ComputeFailed
 from blocks.model.source import DEMO, ModelSource
-from blocks.protocol.device import Batch
+from blocks.protocol.device import Batch, ReleaseJob
 from blocks.sampling_params import SamplingParams
 from netsim.arithmetic import Arithmetic, ArithmeticRunner, BlankRunner
 from netsim.compute import DEVICES
 from netsim.devices import JobRunner, SimDevice
 from netsim.sim_host import LISTEN_PORT, SimHost
 from netsim.synthetic import NOWHERE, SyntheticLoader, synthetic_source
+from overlay.host import Host
 from overlay.rpc.types import Part
 from peerd.calls.caller import Gradients
 from peerd.config import AUTO, NONE, Config, Network, Paths, Serving
@@ -127,6 +128,19 @@ class NodePeer:
     def gauge(self, name: str) -> float:
         """One of the daemon's metrics, without its ``peerd_``."""
         return self.node.metrics.registry.get_sample_value(f"peerd_{name}") or 0.0
+
+    @property
+    def host(self) -> Host:
+        """What the daemon speaks through."""
+        return self.node._host
+
+    def forget_kv(self) -> None:
+        """Take back all KV, as admission does with what is idle (`peerd.admission`)."""
+        hops = self.node._models.admission.hops
+        assert hops is not None
+        for lease in self.device.leases:
+            self.device.submit((ReleaseJob(lease),), lambda result: None)
+            hops.lease_dropped(lease)
 
     async def generate(
         self, prompt: tuple[int, ...], count: int, *, wait_s: float = 60.0, on_tokens: OnTokens | None = None

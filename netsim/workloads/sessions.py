@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from netsim.arithmetic import PRIME, Arithmetic
+from netsim.ledger import Ledger
 from netsim.metrics import Metrics
 from netsim.mischief import CELLS, Mischief
 from netsim.online import SAMPLE_S, is_ready, sample_coverage, wait_online
@@ -23,6 +24,9 @@ from netsim.world import HostDied, World
 from overlay.errors import PeerdError
 
 ASK_AGAIN_S = 0.5
+FORGET_TOKENS = (1, 5)
+"""A journal fills a gap with as many windows as may be under way, 8; what is longer is the driver's to send again."""
+FORGOTTEN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class SessionSettings:
             last word.
         copies: the share of session messages that are followed by a copy of some cell (`netsim.mischief`).
         swaps: the share of windows that are sent after the next one.
+        forgets: the share of texts in which a hop, not the first, loses its KV at one of the first tokens: `FORGET_TOKENS`.
     """
 
     drivers: str = "driver"
@@ -61,6 +66,7 @@ class SessionSettings:
     in_order: bool = False
     copies: float = 0.0
     swaps: float = 0.0
+    forgets: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.strikes:
@@ -95,6 +101,11 @@ class Texts:
         "copies": "copies of session messages that were made up and sent",
         "copies.hop.*": "the same by cell, to hops",
         "copies.driver.*": "the same by cell, to drivers",
+        "gaps": "gaps that a hop told the one before it",
+        "journal.repairs": "gaps that were filled out of the journal of the hop before",
+        "journal.answers": "windows and results that hops said again, out of their journals",
+        "emptied": "windows that hops passed on empty, since they were cancelled",
+        "unasked": "things that hops said or computed with no message behind them (`netsim.ledger`)",
         "cells": "cells of the tables of docs/protocol.md whose copies were sent",
     }
 
@@ -115,6 +126,14 @@ class Texts:
 
     async def run(self) -> None:
         """Wait for the swarm, let every driver ask for its texts, and see that nothing is left of them."""
+        with Ledger(self.metrics.count, self._protest).entered():
+            await self._run_with_copies()
+
+    def _protest(self, host: str, session: str, text: str) -> None:
+        self.world.trace.add("unasked", host, text, session)
+        self.metrics.count("unasked", of=session)
+
+    async def _run_with_copies(self) -> None:
         settings = self.settings
         if not settings.copies and not settings.swaps:
             await self._run()
@@ -158,6 +177,8 @@ class Texts:
             count = draws.randint(*self.settings.new_tokens)
             self.metrics.count("texts.asked")
             plan = [self._strike(draws, count, index) for _ in range(self.settings.strikes_per_text)]
+            if self.settings.forgets and draws.random() < self.settings.forgets:
+                plan.append(Strike("forget", draws.randint(*FORGET_TOKENS), draws.random(), FORGOTTEN_S))
             await self._until_done(machine, prompt, count, plan)
             await asyncio.sleep(draws.uniform(*self.settings.think_s))
         self.metrics.gave("texts.done", machine.name)
@@ -224,6 +245,7 @@ class Texts:
 METRICS_FROM_ZERO = (
     "texts.asked", "texts.done", "texts.wrong", "texts.failed", "texts.taken_along",
     "tokens", "replays", "strikes", "left.sessions", "left.kv_bytes",
+    "gaps", "journal.repairs", "journal.answers", "emptied", "unasked",
 )  # fmt: skip
 
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
+
+from blocks.protocol.cells import HOP_CELLS, Age, HopRule
 from netsim.mischief import CELLS
 from netsim.outcome import Outcome
 from netsim.runner import prepare, run_seed
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 HOSTS = {"boot": 1, "server": 4, "driver": 1}
-MUST_HOLD = ("texts.wrong", "texts.failed")
+MUST_HOLD = ("texts.wrong", "texts.failed", "unasked")
 
 
 def ran(name: str, seed: int, **settings: Any) -> Outcome:
     """The scenario with fewer hosts and other settings; what it must hold whatever these are, holds."""
+    outcome = short(name, seed, **settings)
+    assert outcome.failures == (), outcome.replay
+    assert [outcome.numbers[metric] for metric in MUST_HOLD] == [0.0, 0.0, 0.0], outcome.replay
+    assert outcome.numbers["texts.done"] == outcome.numbers["texts.asked"] > 0
+    return outcome
+
+
+def short(name: str, seed: int, **settings: Any) -> Outcome:
+    """The same, and whatever came of it."""
     prepared = prepare(SCENARIOS / f"{name}.toml")
     scenario = prepared.scenario
     hosts = {group: replace(told, count=HOSTS[group]) for group, told in scenario.hosts.items()}
@@ -25,11 +38,7 @@ def ran(name: str, seed: int, **settings: Any) -> Outcome:
         scenario=replace(scenario, hosts=hosts),
         settings=replace(prepared.settings, leases_end_s=0.0, **settings),
     )
-    outcome = run_seed(shorter, seed)
-    assert outcome.failures == (), outcome.replay
-    assert [outcome.numbers[metric] for metric in MUST_HOLD] == [0.0, 0.0], outcome.replay
-    assert outcome.numbers["texts.done"] == outcome.numbers["texts.asked"] > 0
-    return outcome
+    return run_seed(shorter, seed)
 
 
 def test_servers_that_start_at_one_moment_share_the_blocks_and_give_the_models_texts() -> None:
@@ -40,9 +49,16 @@ def test_servers_that_start_at_one_moment_share_the_blocks_and_give_the_models_t
 
 
 def test_hops_that_are_struck_cost_pauses_and_no_token() -> None:
-    outcome = ran("session-loss", 1, texts=2, back_after_s=(2.0, 3.0), think_s=(6.0, 6.0))
+    outcome = ran("session-loss", 1, texts=2, back_after_s=(2.0, 3.0), think_s=(6.0, 6.0), forgets=0.0)
     assert outcome.numbers["strikes"] == 2
     assert outcome.numbers["replays"] >= 1
+
+
+def test_kv_that_a_server_takes_back_is_filled_from_the_journal_before_it_and_costs_no_replay() -> None:
+    """Without journals the text is the same, sent again as tokens: only these numbers tell."""
+    outcome = ran("session-loss", 1, texts=2, strikes=(), think_s=(6.0, 6.0))
+    assert outcome.numbers["strikes.forget"] == outcome.numbers["journal.repairs"] == 2
+    assert outcome.numbers["replays"] == 0
 
 
 def test_copies_that_come_twice_early_late_or_swapped_cost_no_token() -> None:
@@ -51,6 +67,25 @@ def test_copies_that_come_twice_early_late_or_swapped_cost_no_token() -> None:
     (check,) = (check for check in outcome.checks if check.metric == "cells")
     assert len(check.culprits) == len(CELLS) - outcome.numbers["cells"] > 0, "the cells that never came are named"
     assert outcome.numbers["replays"] >= 1
+    assert outcome.numbers["journal.answers"] >= 1
+    assert outcome.numbers["emptied"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [
+        ("window", {Age.LOWER: HopRule.WINDOW, Age.EQUAL: HopRule.WINDOW, Age.HIGHER: HopRule.HOLD}),
+        ("window", {Age.LOWER: HopRule.IGNORE, Age.EQUAL: HopRule.WINDOW, Age.HIGHER: HopRule.WINDOW}),
+    ],
+)
+def test_a_hop_that_takes_windows_of_other_epochs_is_seen(
+    monkeypatch: pytest.MonkeyPatch, kind: str, rules: Mapping[Age, HopRule]
+) -> None:
+    """Texts come out right all the same, so that only what the hop did gives it away."""
+    monkeypatch.setitem(cast(dict[str, Mapping[Age, HopRule]], HOP_CELLS), kind, rules)
+    outcome = short("session-copies", 2, texts=1, copies=0.2)
+    assert outcome.numbers["unasked"] >= 1
+    assert not outcome.passed
 
 
 def test_drivers_that_die_take_their_texts_along_and_get_the_next_ones_right() -> None:
