@@ -16,6 +16,7 @@ import numpy as np
 
 from blocks.protocol.device import Batch
 from netsim.arithmetic import PRIME, Numbers, backward, forward, integers_of, part_of
+from netsim.call_mischief import CELLS, LAST_COPY_S, CallMischief
 from netsim.metrics import Metrics
 from netsim.online import sample_coverage, wait_online
 from netsim.peers.node import NodePeer, NodeSettings
@@ -37,6 +38,7 @@ class CallSettings:
         batches: by each driver, one after the other: forward, then back.
         prompts: the share of batches with deep prompts; ``padding`` that with a mask.
         strikes: how servers are struck, drawn from; one for each batch, at a moment drawn from ``strike_at_s`` after it was asked for.
+        copies: the share of calls of which a copy is made (`netsim.call_mischief`).
     """
 
     drivers: str = "driver"
@@ -51,6 +53,7 @@ class CallSettings:
     strike_at_s: tuple[float, float] = (0.0, 2.0)
     back_after_s: tuple[float, float] = (5.0, 30.0)
     ready_s: float = 120.0
+    copies: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.strikes:
@@ -81,6 +84,11 @@ class Batches:
         "strikes": "strikes on servers",
         "strikes.*": "the same by kind",
         "servers_lost": "calls that lost their server",
+        "copies": "copies of calls' messages that were made up and sent",
+        "copies.server.*": "the same by cell, to servers",
+        "copies.driver.*": "the same by cell, to drivers",
+        "cells": "kinds of copies that were sent",
+        "unasked": "calls that servers computed twice, or copies that they answered otherwise than docs/training.md, 3, says",
         "online_s": "seconds until every block was served",
         "coverage.*": "servers of a block that are online, over time",
         "coverage.min": "of the blocks, the fewest, over time",
@@ -90,7 +98,16 @@ class Batches:
         self.world = world
         self.settings = settings
         self.metrics = metrics
-        for name in ("batches.asked", "batches.done", "batches.wrong", "batches.failed", "tokens", "strikes"):
+        self._cells: dict[str, None] = {}
+        for name in (
+            "unasked",
+            "batches.asked",
+            "batches.done",
+            "batches.wrong",
+            "batches.failed",
+            "tokens",
+            "strikes",
+        ):
             metrics.count(name, 0)
         told = cast(NodeSettings, world.group(settings.servers)[0].settings)
         self.span, self.width = Span(0, told.blocks), told.width
@@ -98,6 +115,28 @@ class Batches:
 
     async def run(self) -> None:
         """Wait for the swarm, and let every driver ask for its batches."""
+        if not self.settings.copies:
+            await self._run()
+            return
+        self.metrics.owed_by("cells", (f"copies.{cell}" for cell in CELLS))
+        draws = self.world.random("mischief")
+        with CallMischief(self.world, draws, self.settings.copies, self._count_copy, self._protest).entered():
+            await self._run()
+
+    def _count_copy(self, cell: str) -> None:
+        name = f"copies.{cell}"
+        if name not in self._cells:
+            self._cells[name] = None
+            self.metrics.put("cells", len(self._cells))
+            self.metrics.gave("cells", name)
+        self.metrics.count("copies")
+        self.metrics.count(name)
+
+    def _protest(self, host: str, text: str) -> None:
+        self.world.trace.add("unasked", host, text)
+        self.metrics.count("unasked", of=host)
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as background:
             samples = sample_coverage(self.world, self.striker, self.metrics)
             sampling = background.create_task(samples, name="sampling")
@@ -106,6 +145,8 @@ class Batches:
             async with asyncio.TaskGroup() as asking:
                 for machine in self.world.group(self.settings.drivers):
                     asking.create_task(self._drive(machine), name=f"{machine.name} asks")
+            if self.settings.copies:
+                await asyncio.sleep(LAST_COPY_S)
             lost = sum(cast(NodePeer, machine.peer).node.calls.servers_lost for machine in self._drivers_alive())
             self.metrics.put("servers_lost", lost)
             sampling.cancel()
