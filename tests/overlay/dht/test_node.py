@@ -161,7 +161,11 @@ def test_nothing_reads_a_clock_or_draws_but_through_the_ports(monkeypatch: pytes
     import kademlia.routing
 
     monkeypatch.setattr(kademlia.routing, "time", PoisonedTime())
-    for module in ("node", "table", "lookup", "store", "records", "protocol", "publishing"):
+    shells, cores = (
+        ("node", "lookup", "protocol"),
+        ("table", "store", "records", "publishing", "freshness", "acquaintances"),
+    )
+    for module in (*shells, *cores):
         loaded = __import__(f"overlay.dht.{module}", fromlist=["*"])
         assert not hasattr(loaded, "time")
         assert not hasattr(loaded, "random")
