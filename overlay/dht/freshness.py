@@ -67,11 +67,21 @@ class Freshness:
 
     # --- the parts ---
 
+    @property
+    def _parts(self) -> range:
+        """Those beyond our neighbourhood, whether the table has a bucket for each or not.
+
+        Kademlia looks into all of them when it joins (section 2.3): where nobody near us knows a part, lookups for what lies in it end
+        among us.
+        """
+        beyond = self._table.depth_of(self._neighbourhood[-1]) if len(self._neighbourhood) >= self._table.ksize else 0
+        return range(max(self._table.own_depth, beyond))
+
     def _part_due(self) -> tuple[float, int]:
         """When which part is due: the one that was looked into longest ago."""
         if not len(self._table):
             return NEVER, 0
-        looked = [(self._looked_at.get(depth, -NEVER), depth) for depth in range(self._table.own_depth)]
+        looked = [(self._looked_at.get(depth, -NEVER), depth) for depth in self._parts]
         at, depth = min(looked, default=(NEVER, 0))
         return max(at + limits.REFRESH_S, self._part_earliest), depth
 

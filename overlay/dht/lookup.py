@@ -57,9 +57,9 @@ class NodeLookup(SpiderCrawl):
 
     def __init__(
         self, protocol: LookupProtocol, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes,
-        requests_max: int = limits.LOOKUP_RPCS_MAX,
+        requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA,
     ) -> None:  # fmt: skip
-        super().__init__(protocol, target, [], ksize, limits.ALPHA)
+        super().__init__(protocol, target, [], ksize, at_once)
         self.nearest: CandidateHeap = CandidateHeap(target, ksize)
         self.nearest.push(list(contacts))
         self.answered: dict[bytes, Contact] = {}
@@ -198,7 +198,8 @@ class ValueLookup(NodeLookup):
             self._held[contact.id] = {record.name: record.sequence for record in found.records}
 
     def _wanted(self) -> int:
-        return max(1, int(self.ksize) // 2)
+        """Half of the k closest, but all of them before a key is said to have no records: the first ten may know only each other."""
+        return max(1, int(self.ksize) // 2) if self.merged else int(self.ksize)
 
     def corrections(self) -> list[tuple[Contact, list[Record]]]:
         """For the closest holders that answered with less than is known: what they lack."""

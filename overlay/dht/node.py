@@ -189,9 +189,11 @@ class Dht:
         self._freshness.looked_for_self(nearest, self._now())
         self._wake.set()
 
-    async def _closest_to(self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX) -> list[Contact]:
+    async def _closest_to(
+        self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA
+    ) -> list[Contact]:
         start = self._table.find_neighbors(target, self.config.ksize)
-        lookup = NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max)
+        lookup = NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max, at_once)
         closest = await lookup.find()
         self._looked(lookup)
         return closest
@@ -487,7 +489,9 @@ class Dht:
     async def _refresh(self, depth: int) -> None:
         """Look into a part of the id space, wherever the draw falls in it."""
         target = id_in_part(self._self.long_id, depth, self._ports.randomness.token(limits.ID_BYTES))
-        await self._closest_to(Node(target), limits.REFRESH_RPCS_MAX)
+        await self._closest_to(
+            Node(target), limits.REFRESH_RPCS_MAX, at_once=1
+        )  # the later ones are asked in that part
 
 
 def _ignore(_: Connection) -> None:

@@ -215,8 +215,14 @@ class Table(RoutingTable):
         """How many contacts share ``depth`` leading bits with our own id, and no more."""
         low_bits = limits.ID_BITS - depth - 1
         low = (self.node.long_id >> low_bits ^ 1) << low_bits
-        first, last = self._index_of(low), self._index_of(low + (1 << low_bits) - 1)
-        return sum(len(bucket) for bucket in self.buckets[first : last + 1])
+        high = low + (1 << low_bits) - 1
+        buckets = self.buckets[self._index_of(low) : self._index_of(high) + 1]
+        return sum(low <= contact.long_id <= high for bucket in buckets for contact in bucket.nodes.values())
+
+    def depth_of(self, node_id: bytes) -> int:
+        """How many leading bits an id shares with our own."""
+        own: int = self.node.long_id
+        return limits.ID_BITS - (own ^ int.from_bytes(node_id, "big")).bit_length()
 
     @property
     def own_depth(self) -> int:
