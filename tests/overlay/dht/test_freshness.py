@@ -83,6 +83,21 @@ def test_parts_are_looked_into_once_after_joining_with_a_gap_and_then_each_hour(
     assert freshness.take_part(at + limits.REFRESH_S) == 0
 
 
+def test_every_part_beyond_our_neighbourhood_is_looked_into_whether_it_has_a_bucket_or_not() -> None:
+    everybody = sorted((contact(number) for number in range(2, 1002)), key=OWN.distance_to)
+    table = Table(OWN)
+    for near in everybody[: limits.KSIZE]:  # all that the first lookup asked, and nobody else
+        table.add_contact(near)
+    freshness = Freshness(table)
+    freshness.begin(0.0)
+    freshness.looked_for_self([near.id for near in everybody[: limits.KSIZE]], 0.0)
+    depth = table.depth_of(everybody[limits.KSIZE - 1].id)
+    taken = [freshness.take_part(limits.REFRESH_GAP_S * (turn + 1)) for turn in range(depth)]
+    assert table.own_depth < depth
+    assert taken == list(range(depth))
+    assert [table.count_at(part) for part in taken if part is not None] == [0] * depth
+
+
 def test_where_nobody_is_known_no_part_is_due() -> None:
     freshness, _ = fresh(0)
     assert freshness.take_part(1e9) is None

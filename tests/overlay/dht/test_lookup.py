@@ -8,11 +8,13 @@ from kademlia.node import Node
 
 from netsim.loop import run
 from overlay.dht import limits
-from overlay.dht.lookup import Found, NodeLookup
+from overlay.dht.lookup import Found, NodeLookup, ValueLookup
+from overlay.dht.records import seal_record
 from overlay.dht.table import Contact
 from tests.overlay.network import identity
 
 TARGET = Contact(identity(5000).peer_id)
+KEY = b"k" * 32
 ANSWER_S = 0.1
 RPC_S = limits.RPC_DIAL_TIMEOUT_S
 
@@ -37,11 +39,37 @@ class Crowd:
         raise AssertionError("nobody looks for values here")
 
 
+class Clique(Crowd):
+    """The nearest twenty hold a record; of the others the nearest ``closed`` know only each other, and the rest know all."""
+
+    def __init__(self, closed: int) -> None:
+        super().__init__(limits.KSIZE + closed + 10)
+        self.holders = {contact.id: None for contact in self.contacts[: limits.KSIZE]}
+        self.closed = self.contacts[limits.KSIZE :][:closed]
+        self.record = seal_record(identity(1), KEY, b"a", 1, 60, b"held")
+
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
+        await asyncio.sleep(ANSWER_S)
+        if contact in self.closed:
+            return Found(tuple(self.closed[: limits.KSIZE]))
+        return Found(tuple(self.contacts[: limits.KSIZE]), (self.record,) if contact.id in self.holders else ())
+
+
+def valued(clique: Clique) -> ValueLookup:
+    async def main() -> ValueLookup:
+        start = clique.contacts[limits.KSIZE :][: limits.KSIZE]
+        lookup = ValueLookup(clique, KEY, TARGET, start, limits.KSIZE, b"own")
+        await lookup.find()
+        return lookup
+
+    return run(main())
+
+
 def looked(
-    crowd: Crowd, start: int = 3, requests_max: int = limits.LOOKUP_RPCS_MAX
+    crowd: Crowd, start: int = 3, requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA
 ) -> tuple[NodeLookup, list[Contact]]:
     async def main() -> tuple[NodeLookup, list[Contact]]:
-        lookup = NodeLookup(crowd, TARGET, crowd.contacts[-start:], limits.KSIZE, b"own", requests_max)
+        lookup = NodeLookup(crowd, TARGET, crowd.contacts[-start:], limits.KSIZE, b"own", requests_max, at_once)
         return lookup, await lookup.find()
 
     return run(main())
@@ -82,3 +110,21 @@ def test_where_everybody_is_slow_nobody_is_taken_for_dead() -> None:
 def test_a_look_with_few_requests_asks_no_more() -> None:
     lookup, _ = looked(Crowd(60), requests_max=3)
     assert lookup.requests == 3
+
+
+def test_a_look_with_few_requests_one_after_the_other_asks_those_that_the_first_told_of() -> None:
+    crowd = Crowd(60)
+    lookup, _ = looked(crowd, requests_max=3, at_once=1)
+    assert list(lookup.answered) == [contact.id for contact in (crowd.contacts[-3], *crowd.contacts[:2])]
+
+
+def test_a_key_is_not_absent_because_ten_who_know_only_each_other_hold_nothing() -> None:
+    lookup = valued(Clique(closed=15))
+    assert [record.value for record in lookup.merged.values()] == [b"held"]
+
+
+def test_a_key_whose_records_were_found_is_not_looked_for_at_all_of_the_closest() -> None:
+    lookup = valued(Clique(closed=0))
+    nearest = [contact.id for contact in lookup.nearest]
+    assert lookup.merged
+    assert limits.KSIZE // 2 <= sum(asked in lookup.answered for asked in nearest) < limits.KSIZE
