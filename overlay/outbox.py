@@ -116,7 +116,7 @@ class Outbox:
 
 def _joined(pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:
     """Runs of small pieces put together; large ones as they are, which saves a copy of every tensor."""
-    if all(len(piece) < PIECE_ALONE_BYTES for piece in pieces):
+    if not pieces or max(map(len, pieces)) < PIECE_ALONE_BYTES:
         return [b"".join(pieces)] if pieces else []
     joined: list[bytes | memoryview] = []
     run: list[bytes | memoryview] = []

@@ -74,6 +74,14 @@ class NodeLookup(SpiderCrawl):
         self._waited_s: list[float] = []
         self._late: dict[bytes, None] = {}
 
+    def begin_with(self, contact: Contact, found: Found) -> None:
+        """What a contact answered before the lookup began: it isn't asked again."""
+        self.nearest.push(contact)
+        self.nearest.mark_contacted(contact)
+        self.seen.setdefault(contact.id, contact)
+        self._hops.setdefault(contact.id, 1)
+        self._heard(contact, found)
+
     async def find(self) -> list[Contact]:
         """Those of the k closest that answered, the closest first. Cancel-safe."""
         started = asyncio.get_running_loop().time()
@@ -158,8 +166,9 @@ class NodeLookup(SpiderCrawl):
         new = [node for node in found.contacts if node.id != self._own_id and node.id not in self._failed]
         self.nearest.push(new)
         for node in new:
-            self.seen.setdefault(node.id, node)
-            self._hops.setdefault(node.id, self._hops[contact.id] + 1)
+            if node.id not in self.seen:
+                self.seen[node.id] = node
+                self._hops[node.id] = self._hops[contact.id] + 1
 
     def _wanted(self) -> int:
         """How many of the closest must have answered."""

@@ -20,7 +20,7 @@ from overlay.connection import Connection
 from overlay.dht import limits
 from overlay.dht.acquaintances import Acquaintances
 from overlay.dht.freshness import NEVER, Freshness, id_in_part
-from overlay.dht.lookup import LookupReport, NodeLookup, ValueLookup
+from overlay.dht.lookup import Found, LookupReport, NodeLookup, ValueLookup
 from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
 from overlay.dht.records import Record, RecordName, location_of, merge
@@ -35,6 +35,7 @@ from overlay.ports import Ports
 log = logging.getLogger(__name__)
 
 Meeting = tuple[PeerId | None, Sequence[Multiaddr]]
+Answer = tuple[Contact, Found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +162,23 @@ class Dht:
     async def bootstrap(self, peers: Sequence[Meeting]) -> int:
         """Meet peers, then look for ourselves. Returns how many of them serve the DHT; may be called again."""
         met = await asyncio.gather(*(self._meet(peer, tuple(addresses)) for peer, addresses in peers))
-        reached = sum(met)
-        if reached:
-            await self._look_for_self()
-        return reached
+        answers = [answer for answer in met if answer is not None]
+        if answers:
+            await self._look_for_self(answers)
+        return len(answers)
 
-    async def _meet(self, peer: PeerId | None, addresses: tuple[Multiaddr, ...]) -> bool:
+    async def _meet(self, peer: PeerId | None, addresses: tuple[Multiaddr, ...]) -> Answer | None:
+        """The first question of the look for ourselves tells as well whether a peer serves the DHT."""
         if peer == self._host.peer_id:
-            return False
+            return None
         try:
             connection = await self._host.connect(peer, addresses)
         except PeerdError as error:
             log.debug("bootstrap peer %s was not reached: %s", peer or addresses, error)
-            return False
+            return None
         contact = self._contact_of(connection.remote_peer, addresses)
-        return await self._protocol.call_ping(contact, timeout_s=limits.RPC_DIAL_TIMEOUT_S)
+        found = await self._protocol.call_find_node(contact, self._self, timeout_s=limits.RPC_DIAL_TIMEOUT_S)
+        return None if found is None else (contact, found)
 
     def _contact_of(self, peer: PeerId, addresses: Sequence[Multiaddr] = ()) -> Contact:
         known = self._host.address_book.addresses(peer, self._now()) or tuple(addresses)
@@ -184,16 +187,23 @@ class Dht:
         at = remote or (known[0] if known else None)
         return Contact(peer, known, group_of(at, exempt_private=self.config.exempt_private))
 
-    async def _look_for_self(self) -> None:
-        nearest = [contact.id for contact in await self._closest_to(self._self)]
+    async def _look_for_self(self, answers: Sequence[Answer] = ()) -> None:
+        """``answers``: what some have said already."""
+        nearest = [contact.id for contact in await self._closest_to(self._self, answers=answers)]
         self._freshness.looked_for_self(nearest, self._now())
         self._wake.set()
 
     async def _closest_to(
-        self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA
+        self,
+        target: Node,
+        requests_max: int = limits.LOOKUP_RPCS_MAX,
+        at_once: int = limits.ALPHA,
+        answers: Sequence[Answer] = (),
     ) -> list[Contact]:
         start = self._table.find_neighbors(target, self.config.ksize)
         lookup = NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max, at_once)
+        for contact, found in answers:
+            lookup.begin_with(contact, found)
         closest = await lookup.find()
         self._looked(lookup)
         return closest

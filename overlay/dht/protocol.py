@@ -17,7 +17,7 @@ from overlay.dht import limits
 from overlay.dht.lookup import Found
 from overlay.dht.records import Record, decode_records, encode_records
 from overlay.dht.store import Put
-from overlay.dht.table import Contact, group_of
+from overlay.dht.table import Contact, group_of, node_id_of
 from overlay.errors import DialError, InvalidAddress, PeerdError, ProtocolRefused, ProtocolViolation
 from overlay.host import Host
 from overlay.identity import PeerId, decode_address_or_none
@@ -102,13 +102,13 @@ class DhtProtocol:
 
     # --- calls ---
 
-    async def call_ping(self, contact: Contact, timeout_s: float | None = None) -> bool:
+    async def call_ping(self, contact: Contact) -> bool:
         """Whether the peer answers, and serves the DHT."""
-        return await self._call(contact, Message("ping", {}), timeout_s) is not None
+        return await self._call(contact, Message("ping", {})) is not None
 
-    async def call_find_node(self, contact: Contact, target: Node) -> Found | None:
+    async def call_find_node(self, contact: Contact, target: Node, timeout_s: float | None = None) -> Found | None:
         """Nodes near ``target`` that the peer knows."""
-        answer = await self._call(contact, Message("find_node", {"target": target.id}))
+        answer = await self._call(contact, Message("find_node", {"target": target.id}), timeout_s)
         return None if answer is None else Found(self._read_nodes(answer.header, contact.peer))
 
     async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
@@ -170,10 +170,11 @@ class DhtProtocol:
         connection = self._host.connection(source)
         remote = None if connection is None else connection.remote_address
         trusts_private = remote is not None and remote.is_loopback_or_private
+        unwanted = (node_id_of(self._host.peer_id), node_id_of(source))
         found: dict[bytes, Contact] = {}
         for entry in listed[: limits.KSIZE]:
             contact = self._read_node(entry, trusts_private=trusts_private)
-            if contact is not None and contact.peer not in (self._host.peer_id, source):
+            if contact is not None and contact.id not in unwanted:
                 found.setdefault(contact.id, contact)
         return tuple(found.values())
 
@@ -183,7 +184,7 @@ class DhtProtocol:
         raw_peer, raw_addresses = entry
         if not isinstance(raw_peer, bytes) or not isinstance(raw_addresses, list):
             return None
-        raws = tuple(raw for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if isinstance(raw, bytes))
+        raws = tuple([raw for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if isinstance(raw, bytes)])
         return _contact(raw_peer, raws, trusts_private, self._exempt_private)
 
 

@@ -173,10 +173,14 @@ class Table(RoutingTable):
     def _is_diverse(self, node: Contact) -> bool:
         if not node.group or self.get(node.id) is not None:
             return True
-        bucket = self.buckets[self.get_bucket_for(node)]
-        in_bucket = sum(1 for other in bucket.nodes.values() if other.group == node.group)
-        in_table = sum(1 for other in self.contacts() if other.group == node.group)
-        return in_bucket < limits.CONTACTS_PER_GROUP_AND_BUCKET and in_table < limits.CONTACTS_PER_GROUP
+        group, own = node.group, self.buckets[self.get_bucket_for(node)]
+        in_table = 0
+        for bucket in self.buckets:
+            found = [other.group for other in bucket.nodes.values()].count(group)
+            if bucket is own and found >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
+                return False
+            in_table += found
+        return in_table < limits.CONTACTS_PER_GROUP
 
     def contacts(self) -> list[Contact]:
         """All of them, bucket by bucket."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from overlay.errors import Blame, ConnectionLost, PeerdError, ProtocolViolation, StreamReset, TimedOut
@@ -74,9 +73,7 @@ def serve_unary(
             budget_ms / 1000 if isinstance(budget_ms, int) and 0 < budget_ms < 3_600_000 else limits.CALL_TIMEOUT_S
         )
         answer = await _answer(methods.get(request.kind), stream.remote_peer, request, budget_s)
-        fresh = replace(
-            answer, header={**answer.header, "nonce": nonce}, recipient=b"", header_bytes=None, signature=None
-        )
+        fresh = Message(answer.kind, {**answer.header, "nonce": nonce}, answer.parts)
         await channel.send_and_drain(fresh, end=True, close=True)
 
     host.serve(protocol, handle, max_inbound_per_peer=limits.CALLS_PER_PEER_MAX, priority=priority)
@@ -116,7 +113,7 @@ async def call(
     """
     nonce = host.ports.randomness.token(limits.NONCE_BYTES)
     header = {**message.header, "nonce": nonce, "budget_ms": max(1, int(timeout_s * 1000))}
-    question = replace(message, header=header)
+    question = Message(message.kind, header, message.parts, recipient=message.recipient)
     tries = 2
     try:
         async with asyncio.timeout(timeout_s):
