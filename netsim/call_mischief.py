@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import random  # noqa: TID251 - a seeded generator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import cast
 
 from blocks.call_service import TENSORS_PROTOCOL
 from blocks.protocol import calls
-from blocks.protocol.device import BackwardJob, ForwardJob, Job, JobResult
-from netsim.devices import SimDevice
+from blocks.protocol.device import BackwardJob, ForwardJob, Job
+from netsim.hooks import Send, hooked
 from netsim.loop import HOST
 from netsim.mischief import COPY
 from netsim.peers.node import NodePeer
@@ -99,36 +99,13 @@ class CallMischief:
         self._ran: Counter[tuple[str, bytes]] = Counter()
         self._send = MessageChannel.send
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """Every channel and every device of the process is hooked meanwhile."""
-        send, accept, result = MessageChannel.send, MessageChannel._accept, SimDevice._result
-        mischief = self
-
-        def hooked_send(channel: MessageChannel, message: Message, **how: bool) -> None:
-            mischief._says(channel, message, how)
-
-        def hooked_accept(channel: MessageChannel, message: Message, sequence: int) -> None:
-            mischief._hears(message)
-            accept(channel, message, sequence)
-
-        def hooked_result(device: SimDevice, job: Job) -> JobResult:
-            mischief._computes(job)
-            return result(device, job)
-
-        MessageChannel.send = hooked_send  # type: ignore[assignment, method-assign]
-        MessageChannel._accept = hooked_accept  # type: ignore[assignment, method-assign]
-        SimDevice._result = hooked_result  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            MessageChannel.send = send  # type: ignore[method-assign]
-            MessageChannel._accept = accept  # type: ignore[method-assign]
-            SimDevice._result = result  # type: ignore[method-assign]
+        return hooked(self._says, hears=self._hears, computes=self._computes)
 
     # --- what servers hear and compute ---
 
-    def _hears(self, message: Message) -> None:
+    def _hears(self, _: MessageChannel, message: Message) -> None:
         host, call = HOST.get(), self._calls.get(message.header.get("call") or b"")
         if host and call is not None and message.kind in REQUESTS:
             key = _key(message.parts)
@@ -151,7 +128,7 @@ class CallMischief:
 
     # --- what is said ---
 
-    def _says(self, channel: MessageChannel, message: Message, how: Mapping[str, bool]) -> None:
+    def _says(self, channel: MessageChannel, message: Message, how: Mapping[str, bool], _: Send) -> None:
         host, identifier = HOST.get(), message.header.get("call")
         if not host or not isinstance(identifier, bytes) or COPY in message.header:
             self._send(channel, message, **how)

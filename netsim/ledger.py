@@ -9,13 +9,13 @@ ledger is entered. Hops that are their own neighbours say nothing on the wire, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from blocks.protocol.device import Job, JobResult, ReleaseJob, SpanJob
-from netsim.devices import SimDevice
+from blocks.protocol.device import Job, ReleaseJob, SpanJob
+from netsim.hooks import Send, hooked
 from netsim.loop import HOST
 from netsim.mischief import COPY
 from overlay.rpc.channel import MessageChannel
@@ -60,37 +60,18 @@ class Ledger:
         self._complain = complain
         self._places: dict[Place, _Seen] = {}
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """Every channel and every device of the process is looked at meanwhile."""
-        send, accept, result = MessageChannel.send, MessageChannel._accept, SimDevice._result
-        ledger = self
 
-        def seen_send(channel: MessageChannel, message: Message, **how: bool) -> None:
-            ledger._says(message)
+        def says(channel: MessageChannel, message: Message, how: Mapping[str, bool], send: Send) -> None:
+            self._says(message)
             send(channel, message, **how)
 
-        def seen_accept(channel: MessageChannel, message: Message, sequence: int) -> None:
-            ledger._hears(message)  # before, since the answer may be said within
-            accept(channel, message, sequence)
-
-        def seen_result(device: SimDevice, job: Job) -> JobResult:
-            ledger._computes(job)
-            return result(device, job)
-
-        MessageChannel.send = seen_send  # type: ignore[assignment, method-assign]
-        MessageChannel._accept = seen_accept  # type: ignore[assignment, method-assign]
-        SimDevice._result = seen_result  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            MessageChannel.send = send  # type: ignore[method-assign]
-            MessageChannel._accept = accept  # type: ignore[method-assign]
-            SimDevice._result = result  # type: ignore[method-assign]
+        return hooked(says, hears=self._hears, computes=self._computes)
 
     # --- what a host hears ---
 
-    def _hears(self, message: Message) -> None:
+    def _hears(self, _: MessageChannel, message: Message) -> None:
         host, header, kind = HOST.get(), message.header, message.kind
         if not host or kind not in ("window", "gap", "cancel"):
             return

@@ -9,11 +9,12 @@ workload's to check.
 from __future__ import annotations
 
 import random  # noqa: TID251 - a seeded generator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from netsim.hooks import Send, hooked
 from netsim.loop import HOST, VirtualLoop
 from overlay.errors import PeerdError
 from overlay.rpc.channel import MessageChannel
@@ -277,26 +278,12 @@ class Mischief:
         self.quiet = False
         """No copies for now."""
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """Every message channel of the process is hooked meanwhile; those without a host are left alone."""
-        send, accept = MessageChannel.send, MessageChannel._accept
-        mischief = self
+        return hooked(self._says, has_heard=self.heard)
 
-        def hooked_send(channel: MessageChannel, message: Message, **how: bool) -> None:
-            mischief.sent(channel, message, how)
-
-        def hooked_accept(channel: MessageChannel, message: Message, sequence: int) -> None:
-            accept(channel, message, sequence)
-            mischief.heard(channel, message)
-
-        MessageChannel.send = hooked_send  # type: ignore[assignment, method-assign]
-        MessageChannel._accept = hooked_accept  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            MessageChannel.send = send  # type: ignore[method-assign]
-            MessageChannel._accept = accept  # type: ignore[method-assign]
+    def _says(self, channel: MessageChannel, message: Message, how: Mapping[str, bool], _: Send) -> None:
+        self.sent(channel, message, how)
 
     def sent(self, channel: MessageChannel, message: Message, how: Mapping[str, bool]) -> None:
         """A host says something: let it, and perhaps say something more."""

@@ -17,6 +17,7 @@ import numpy as np
 from blocks.protocol.device import Batch
 from netsim.arithmetic import PRIME, Numbers, backward, forward, integers_of, part_of
 from netsim.call_mischief import CELLS, LAST_COPY_S, CallMischief
+from netsim.cells import CellCount
 from netsim.metrics import Metrics
 from netsim.online import sample_coverage, wait_online
 from netsim.peers.node import NodePeer, NodeSettings
@@ -98,7 +99,6 @@ class Batches:
         self.world = world
         self.settings = settings
         self.metrics = metrics
-        self._cells: dict[str, None] = {}
         for name in (
             "unasked",
             "batches.asked",
@@ -118,19 +118,10 @@ class Batches:
         if not self.settings.copies:
             await self._run()
             return
-        self.metrics.owed_by("cells", (f"copies.{cell}" for cell in CELLS))
+        cells = CellCount(self.metrics, CELLS)
         draws = self.world.random("mischief")
-        with CallMischief(self.world, draws, self.settings.copies, self._count_copy, self._protest).entered():
+        with CallMischief(self.world, draws, self.settings.copies, cells.copied, self._protest).entered():
             await self._run()
-
-    def _count_copy(self, cell: str) -> None:
-        name = f"copies.{cell}"
-        if name not in self._cells:
-            self._cells[name] = None
-            self.metrics.put("cells", len(self._cells))
-            self.metrics.gave("cells", name)
-        self.metrics.count("copies")
-        self.metrics.count(name)
 
     def _protest(self, host: str, text: str) -> None:
         self.world.trace.add("unasked", host, text)

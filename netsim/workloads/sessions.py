@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from netsim.arithmetic import PRIME, Arithmetic
+from netsim.cells import CellCount
 from netsim.ledger import Ledger
 from netsim.metrics import Metrics
 from netsim.mischief import CELLS, Mischief
@@ -122,7 +123,6 @@ class Texts:
         self._expected = _reference(told)
         self.striker = Striker(world, settings.servers, told.blocks)
         self._tokens_before = 0.0
-        self._cells: dict[str, None] = {}
 
     async def run(self) -> None:
         """Wait for the swarm, let every driver ask for its texts, and see that nothing is left of them."""
@@ -138,20 +138,11 @@ class Texts:
         if not settings.copies and not settings.swaps:
             await self._run()
             return
-        self.metrics.owed_by("cells", (f"copies.{cell.name}" for cell in CELLS))
+        cells = CellCount(self.metrics, (cell.name for cell in CELLS))
         draws = self.world.random("mischief")
-        mischief = Mischief(self.world.loop, draws, settings.copies, settings.swaps, self._count_copy)
+        mischief = Mischief(self.world.loop, draws, settings.copies, settings.swaps, cells.copied)
         with mischief.entered():
             await self._run()
-
-    def _count_copy(self, cell: str) -> None:
-        name = f"copies.{cell}"
-        if name not in self._cells:
-            self._cells[name] = None
-            self.metrics.put("cells", len(self._cells))
-            self.metrics.gave("cells", name)
-        self.metrics.count("copies")
-        self.metrics.count(name)
 
     async def _run(self) -> None:
         settings = self.settings

@@ -10,6 +10,7 @@ from overlay.host import Host, HostConfig
 from overlay.identity import Identity
 from overlay.multiaddr import Multiaddr
 from overlay.ports import Ports
+from overlay.stream import Stream
 from overlay.transport.tcp import TcpTransport
 from peerd.system_ports import LoopClock, SystemRandomness, SystemWallClock
 
@@ -65,3 +66,15 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def echo(stream: Stream) -> None:
+    """A handler: all that comes goes back."""
+    while data := await stream.read():
+        await stream.write(data)
+    await stream.close_write()
+
+
+async def mute(stream: Stream) -> None:
+    """A handler that never says anything."""
+    await asyncio.Event().wait()

@@ -24,22 +24,12 @@ from overlay.multiaddr import Multiaddr
 from overlay.ping import PING
 from overlay.stream import Stream
 from overlay.yamux.session import INITIAL_WINDOW
-from tests.overlay.network import identity, run_hosts, until
+from tests.overlay.network import echo, identity, mute, run_hosts, until
 
 ECHO = "/test/echo/1"
 SINK = "/test/sink/1"
 MUTE = "/test/mute/1"
 NEGOTIATION_BYTES_AT_MOST = 100
-
-
-async def echo(stream: Stream) -> None:
-    while data := await stream.read():
-        await stream.write(data)
-    await stream.close_write()
-
-
-async def mute(stream: Stream) -> None:
-    await asyncio.Event().wait()
 
 
 async def sink(stream: Stream) -> None:

@@ -9,20 +9,10 @@ import pytest
 from overlay.errors import PeerdError, ProtocolRefused, StreamReset
 from overlay.host import Host
 from overlay.stream import Stream
-from tests.overlay.network import run_hosts, until
+from tests.overlay.network import echo, mute, run_hosts, until
 
 ECHO = "/test/echo/1"
 MUTE = "/test/mute/1"
-
-
-async def echo(stream: Stream) -> None:
-    while data := await stream.read():
-        await stream.write(data)
-    await stream.close_write()
-
-
-async def mute(stream: Stream) -> None:
-    await asyncio.Event().wait()
 
 
 def test_a_failing_handler_resets_its_stream_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
