@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -28,6 +29,8 @@ COVERAGE_COLOURS = ("#D55E00", "#F0E442", "#9BD0F5", "#56B4E9", "#0072B2", "#003
 """Nothing, one, two, three, four, and five or more."""
 GREY = "#6B6B6B"
 SIZE_INCHES = (9.0, 4.6)
+TITLE_CHARS = 68
+"""A longer title gets a second line: labels to the left leave it little room."""
 DOTS_PER_INCH = 130
 UNITS = {
     "bytes_per_s": "bytes a second",
@@ -130,7 +133,7 @@ def _unit(name: str) -> str:
 
 def _canvas(outcome: Outcome, title: str) -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
-    axes.set_title(title, pad=16)
+    axes.set_title(fill(title, TITLE_CHARS), pad=16)
     figure.text(
         0.995, 0.01, f"{outcome.scenario}, seed {outcome.seed}", ha="right", va="bottom", fontsize=8, color=GREY
     )

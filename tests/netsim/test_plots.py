@@ -44,6 +44,19 @@ def test_a_family_of_series_is_one_map_and_others_are_pictures_of_their_own(tmp_
     assert all(data.startswith(b"\x89PNG") for data in files.values())
 
 
+def test_a_long_title_stays_within_the_picture_beside_long_labels() -> None:
+    outcome = Outcome("x", "x.toml", 1, {}, (), (), {}, "aa", 1, 1, 60.0, 1.0, 1.0)
+    figure, axes = plots._canvas(
+        outcome, "recovery_s: seconds of the longest pause after a strike on a hop of a live route"
+    )
+    axes.set_yticks([0.5], ["p50 0.0737, max 3.33 and more"])
+    figure.canvas.draw()
+    (shown,) = (found for found in (axes.title, axes._left_title) if found.get_text())
+    assert shown.get_text().count("\n") == 1
+    assert shown.get_window_extent().x1 <= figure.bbox.x1
+    plots.plt.close(figure)
+
+
 def test_a_family_of_observations_is_one_picture_and_nothing_observed_is_none(tmp_path: Path) -> None:
     files = drawn(
         tmp_path,
