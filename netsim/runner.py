@@ -162,7 +162,6 @@ class _Run:
         self._world: World | None = None
         self._early_failures: list[str] = []
         self._began_s = time.process_time()
-        self._took_s: float | None = None
         self._hash = ""
         self._virtual_s = 0.0
         self._events = 0
@@ -200,7 +199,6 @@ class _Run:
             world.fail("", traceback.format_exc())
         finally:
             await _cancelled(*tasks, failed)
-        self._took_s = time.process_time() - self._began_s
         gc.collect()  # exceptions that nobody took are noticed when their holders go
         self._hash, self._virtual_s, self._events = self.trace.hexdigest(), world.now_s, self.loop.events
         self.trace.close()
@@ -251,7 +249,7 @@ class _Run:
 
     def outcome(self) -> Outcome:
         scenario = self.prepared.scenario
-        real_s = time.process_time() - self._began_s if self._took_s is None else self._took_s
+        real_s = time.process_time() - self._began_s
         numbers = self.metrics.numbers()
         failures = self._failures(numbers, real_s)
         checks = tuple(self._checked(metric, numbers) for metric in scenario.checks)

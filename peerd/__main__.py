@@ -113,7 +113,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _say_ready(node: Node) -> None:
-    gc.freeze()  # what was imported and loaded stays: looking through it for garbage takes a seventh of a second each time
+    gc.freeze()  # what was imported and loaded stays: looking through it for garbage takes an eighth of a second each time
     address = node.addresses()[0]
     print(f"ready: peerd start --join {address}", flush=True)
 

@@ -34,7 +34,7 @@ COMMON_METRICS: Mapping[str, str] = {
     "calls": "calls of all hosts in the whole run",
     "connections": "connections of each host, those that are closing too, sampled once settled",
     "connections.open": "connections of all hosts, over time",
-    "connections.over": "samples of a settled host with more than the overlay's limit and an idle one among them",
+    "connections.over": "samples of a settled host with more connections than the overlay's limit for idle ones",
     "published.holders": "nodes that took a record",
     "publish_s": "seconds until a record was offered to all that should hold it",
     "asked": "lookups",
@@ -113,8 +113,7 @@ class Field:
                 total += count
                 if peer is not None and self.world.now_s > self._settled_at:
                     self.metrics.observe("connections", count, of=machine.name)
-                    if count > CONNECTIONS_IDLE_MAX and has_idle(peer):
-                        self.metrics.count("connections.over", of=machine.name)
+                    self.metrics.count("connections.over", int(count > CONNECTIONS_IDLE_MAX), of=machine.name)
             self.metrics.sample("connections.open", self.world.now_s, total)
 
     def count_calls(self) -> None:
@@ -196,11 +195,6 @@ def peer_of(machine: Machine) -> DhtPeer:
 def is_joined(machine: Machine) -> bool:
     """Whether a peer runs there and has joined."""
     return machine.peer is not None and cast(DhtPeer, machine.peer).joined.is_set()
-
-
-def has_idle(peer: DhtPeer) -> bool:
-    """Whether it holds a connection without a stream. (A DHT keeps none.)"""
-    return any(not connection.session.lanes for connection in peer.overlay.connections())
 
 
 class DhtScene(Scene[Told], ABC):

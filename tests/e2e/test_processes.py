@@ -5,7 +5,6 @@ Starting daemons is what costs, so one swarm serves the whole module; a test tha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,17 +126,11 @@ def test_a_server_that_goes_in_mid_sentence_changes_nothing(swarm: Swarm, expect
 def test_closing_the_connection_frees_every_hop_within_a_second(swarm: Swarm) -> None:
     swarm.complete()
     body = {"prompt": PROMPT, "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
-
-    def freed_after_s() -> float:
-        stream = swarm.client().stream("/v1/completions", body)
-        next(stream)
-        wait_until(lambda: swarm.gauge("first", "sessions_served") == 1)
-        began = time.monotonic()
-        stream.close()  # type: ignore[attr-defined]
-        wait_until(lambda: all(swarm.gauge(name, "sessions_served") == 0 for name in SPANS))
-        return time.monotonic() - began
-
-    assert any(freed_after_s() < 1.0 for _ in range(3)), "the machine may stand still once, not three times"
+    stream = swarm.client().stream("/v1/completions", body)
+    next(stream)
+    wait_until(lambda: swarm.gauge("first", "sessions_served") == 1)
+    stream.close()  # type: ignore[attr-defined]
+    wait_until(lambda: all(swarm.gauge(name, "sessions_served") == 0 for name in SPANS), timeout_s=1.0)
     assert swarm.client().status()["sessions"] == []
 
 

@@ -66,7 +66,7 @@ def test_copies_that_come_twice_early_late_or_swapped_cost_no_token() -> None:
     outcome = ran("session-copies", 2, checks={"cells": Bound(min=len(CELLS) + 1)}, texts=1, copies=0.2)
     assert outcome.numbers["cells"] > len(CELLS) / 2
     (check,) = (check for check in outcome.checks if check.metric == "cells")
-    assert len(check.culprits) == len(CELLS) - outcome.numbers["cells"], "the cells that never came are named"
+    assert len(check.culprits) == len(CELLS) - outcome.numbers["cells"] > 0, "the cells that never came are named"
     assert outcome.numbers["replays"] >= 1
     assert outcome.numbers["journal.answers"] >= 1
     assert outcome.numbers["emptied"] >= 1

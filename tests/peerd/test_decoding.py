@@ -244,7 +244,7 @@ def test_a_cancelled_decode_frees_every_hop_and_says_so_once(directory: Path) ->
         assert await listener.ended() == "cancelled"
         decode.cancel()
         assert (len(listener.tokens), len(listener.ends)) == (4, 1)
-        await until(lambda: stage.sessions == 0)
+        await until(lambda: stage.sessions == 0, timeout_s=1)
         assert stage.pool.running() == ()
         assert [node.door.leases for node in stage.ring.nodes] == [[], [], [], []]
 

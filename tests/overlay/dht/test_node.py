@@ -35,8 +35,7 @@ def run_nodes(count: int, scene: Callable[[list[Dht], list[Host]], Awaitable[Non
                 await host.listen(LOOPBACK)
                 node = await stack.enter_async_context(Dht(host, ports, DhtConfig(server=number <= count - clients)))
                 if nodes:
-                    while not await node.bootstrap([(None, hosts[0].addresses)]):
-                        pass  # as a daemon does: a process that stood still for seconds has met nobody
+                    assert await node.bootstrap([(None, hosts[0].addresses)]) == 1
                 nodes.append(node)
                 hosts.append(host)
             await scene(nodes, hosts)
