@@ -120,6 +120,7 @@ class Host:
         self._upgrading: dict[Connection, float] = {}
         self._draining: dict[Connection, float] = {}
         self._listeners: list[Listener] = []
+        self._told: tuple[tuple[Multiaddr, ...], tuple[Multiaddr, ...]] = ((), ())
         self._dials: dict[PeerId, asyncio.Task[Connection | PeerdError]] = {}
         self._on_open: list[ConnectionListener] = []
         self._on_close: list[ConnectionListener] = []
@@ -177,9 +178,12 @@ class Host:
 
     @property
     def addresses(self) -> tuple[Multiaddr, ...]:
-        """Full listening addresses, each ending in ``/p2p/ID``."""
-        text = str(self.peer_id)
-        return tuple(address.with_peer(text) for listener in self._listeners for address in listener.addresses)
+        """Full listening addresses, each ending in ``/p2p/ID``; the same object while they are the same."""
+        bare = tuple([address for listener in self._listeners for address in listener.addresses])
+        if bare != self._told[0]:
+            text = str(self.peer_id)
+            self._told = bare, tuple(address.with_peer(text) for address in bare)
+        return self._told[1]
 
     def connection(self, peer: PeerId) -> Connection | None:
         """The live connection to ``peer``, or None."""
@@ -366,13 +370,14 @@ class Host:
             else:
                 for listener in self._on_open:
                     listener(connection)
-        if connection.is_inbound or connection.is_first_meeting:
+        if connection.is_first_meeting:
             self._ask_who(connection)
         if len(self._connections) > limits.CONNECTIONS_EASY:
             self._leave_idle(now)
 
     def _ask_who(self, connection: Connection) -> None:
-        """Whoever dialled us is asked, and who answered at a bare address; whom we dial by name when more is wanted of it than that."""
+        """Who answered at a bare address is asked at once, and whoever dialled us when that turns out to last; whom we dial by name when
+        more is wanted of it than that. Those who come for one question, as most do in a DHT, say with it where they are."""
         if self._introductions.is_due(connection.remote_peer):
             self._spawn(self._introductions.ask(connection), f"identify {connection.remote_peer.short}")
 
@@ -465,6 +470,8 @@ class Host:
             session = connection.session
             if session.lanes or session.ping_sent_at or (keeps and connection.remote_peer in keeps):
                 self._check_alive(connection, now)
+                if connection.is_inbound and connection.is_open:
+                    self._ask_who(connection)
         self._leave_idle(now)
         if self._push_due:
             self._push_due = False

@@ -101,7 +101,7 @@ class Dht:
         if self.config.server:
             self._protocol.serve()
         self._host.add_connection_listener(_ignore, self._connection_closed)
-        self._host.add_introduction_listener(self.heard_from)
+        self._host.add_introduction_listener(self._introduced)
         self._upkeep = self._tasks.create_task(self._keep_up(), name="dht upkeep")
         return self
 
@@ -369,20 +369,25 @@ class Dht:
         remote = None if connection is None else connection.remote_address
         return group_of(remote, exempt_private=False)
 
-    def heard_from(self, peer: PeerId) -> None:
-        """A peer that asked, or said what it speaks: one that serves the DHT enters the table, as if it had answered.
+    def _introduced(self, peer: PeerId) -> None:
+        """A peer said what it speaks."""
+        book = self._host.address_book
+        self.heard_from(peer, book.addresses(peer, self._now()) if DHT in book.protocols(peer) else ())
+
+    def heard_from(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
+        """A peer that asked, or said what it speaks: one that serves the DHT at ``addresses`` enters the table, as if it had answered.
 
         It told us so over an authenticated connection; a question back would tell no more. What could not be dialled a moment ago
         does not come in by asking.
         """
-        now = self._now()
+        now, book = self._now(), self._host.address_book
         known = self._table.get(node_id_of(peer))
         if known is not None:
+            if not all(address in known.addresses for address in addresses):
+                book.add(peer, addresses, now)
             self._renew(known, now)
-            return
-        book = self._host.address_book
-        serves = DHT in book.protocols(peer) and self._refused.get(peer, 0.0) <= now
-        if serves and any(book.may_dial(address, now) for address in book.addresses(peer, now)):
+        elif self._refused.get(peer, 0.0) <= now and any(book.may_dial(address, now) for address in addresses):
+            book.add(peer, addresses, now)
             self._admit(Contact(peer))
 
     def _renew(self, known: Contact, now: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -37,8 +38,8 @@ class DhtPeer(Protocol):
     def closest(self, target: Node, asker: PeerId) -> list[Contact]: ...
     def records_of(self, key: bytes) -> Sequence[Record]: ...
     def offer(self, record: Record | None, sender: PeerId) -> tuple[Put, int]: ...
-    def heard_from(self, peer: PeerId) -> None:
-        """An authenticated request came in."""
+    def heard_from(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
+        """An authenticated request came in; ``addresses``: where it says that it serves the DHT, none of a client."""
 
     def call_ended(self, contact: Contact, error: PeerdError | None) -> None:
         """A call of ours was answered, or failed."""
@@ -51,11 +52,14 @@ class DhtProtocol:
         self._host = host
         self._peer = peer
         self._exempt_private = exempt_private
+        self._told: tuple[tuple[Multiaddr, ...], list[bytes]] = ((), [])
+        self._serves = False
         self.calls = 0
         self.failures = 0
 
     def serve(self) -> None:
-        """Answer others: makes this node a DHT server, since identify lists the protocol."""
+        """Answer others: makes this node a DHT server, which says so and where it is with whatever it asks."""
+        self._serves = True
         serve_unary(
             self._host,
             DHT,
@@ -70,15 +74,15 @@ class DhtProtocol:
 
     # --- answers ---
 
-    async def _answer_ping(self, peer: PeerId, _: Message) -> Message:
-        self._peer.heard_from(peer)
+    async def _answer_ping(self, peer: PeerId, request: Message) -> Message:
+        self._heard_from(peer, request)
         return Message("pong", {})
 
     async def _answer_find_node(self, peer: PeerId, request: Message) -> Message:
         target = request.header.get("target")
         if not isinstance(target, bytes) or len(target) != limits.ID_BYTES:
             raise ProtocolViolation("A DHT request names no target.")
-        self._peer.heard_from(peer)
+        self._heard_from(peer, request)
         return Message("nodes", {"nodes": self._describe(target, peer)})
 
     async def _answer_find_value(self, peer: PeerId, request: Message) -> Message:
@@ -87,15 +91,20 @@ class DhtProtocol:
             raise ProtocolViolation("A DHT request names no key.")
         if not isinstance(target, bytes) or len(target) != limits.ID_BYTES:
             raise ProtocolViolation("A DHT request names no target.")
-        self._peer.heard_from(peer)
+        self._heard_from(peer, request)
         packed = encode_records(self._peer.records_of(key))
         return Message("value", {"nodes": self._describe(target, peer)}, (_records_part(packed),))
 
     async def _answer_store(self, peer: PeerId, request: Message) -> Message:
-        self._peer.heard_from(peer)
+        self._heard_from(peer, request)
         records = decode_records(_records_bytes(request), limits.STORE_RECORDS_MAX)
         outcomes = [self._peer.offer(record, peer) for record in records]
         return Message("stored", {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]})
+
+    def _heard_from(self, peer: PeerId, request: Message) -> None:
+        """Private addresses count only from a peer that is itself at one."""
+        contact = self._read_node([peer.multihash, request.header.get("at")], trusts_private=self._trusts_private(peer))
+        self._peer.heard_from(peer, () if contact is None else contact.addresses)
 
     def _describe(self, target: bytes, asker: PeerId) -> list[tuple[bytes, tuple[bytes, ...]]]:
         return [(contact.peer.multihash, _written(contact)) for contact in self._peer.closest(Node(target), asker)]
@@ -135,6 +144,8 @@ class DhtProtocol:
 
     async def _call(self, contact: Contact, message: Message, timeout_s: float | None = None) -> Message | None:
         self.calls += 1
+        if self._serves:
+            message = replace(message, header={**message.header, "at": self._at()})
         try:
             answer = await call(
                 self._host,
@@ -153,6 +164,14 @@ class DhtProtocol:
         self._peer.call_ended(contact, None)
         return answer
 
+    def _at(self) -> list[bytes]:
+        """Where others find this node."""
+        addresses = self._host.addresses
+        if addresses is not self._told[0]:
+            own = Contact(self._host.peer_id, [address.without_peer() for address in addresses])
+            self._told = addresses, list(_written(own))
+        return self._told[1]
+
     def _timeout_s(self, peer: PeerId) -> float:
         connection = self._host.connection(peer)
         if connection is None:
@@ -167,9 +186,7 @@ class DhtProtocol:
         listed = header.get("nodes")
         if not isinstance(listed, list):
             return ()
-        connection = self._host.connection(source)
-        remote = None if connection is None else connection.remote_address
-        trusts_private = remote is not None and remote.is_loopback_or_private
+        trusts_private = self._trusts_private(source)
         unwanted = (node_id_of(self._host.peer_id), node_id_of(source))
         found: dict[bytes, Contact] = {}
         for entry in listed[: limits.KSIZE]:
@@ -177,6 +194,11 @@ class DhtProtocol:
             if contact is not None and contact.id not in unwanted:
                 found.setdefault(contact.id, contact)
         return tuple(found.values())
+
+    def _trusts_private(self, source: PeerId) -> bool:
+        connection = self._host.connection(source)
+        remote = None if connection is None else connection.remote_address
+        return remote is not None and remote.is_loopback_or_private
 
     def _read_node(self, entry: object, *, trusts_private: bool) -> Contact | None:
         if not isinstance(entry, list) or len(entry) != 2:

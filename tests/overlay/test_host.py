@@ -106,6 +106,8 @@ def test_identify_tells_protocols_and_simultaneous_dials_end_with_one_connection
     async def scene(one: Host, two: Host) -> None:
         serve_all(two)
         await asyncio.gather(one.connect(two.peer_id, two.addresses), two.connect(one.peer_id, one.addresses))
+        assert ECHO not in one.protocols_of(two.peer_id)
+        (await one.open_stream(two.peer_id, PING)).reset()
         await until(lambda: ECHO in one.protocols_of(two.peer_id))
         initiators = {
             host.peer_id if not connection.is_inbound else connection.remote_peer
@@ -139,10 +141,25 @@ def test_a_change_is_pushed_to_none_that_connected_after_it() -> None:
     async def scene(one: Host, two: Host) -> None:
         serve_all(two)
         await one.connect(two.peer_id, two.addresses)
-        await until(lambda: PING in two.protocols_of(one.peer_id))
+        await until(lambda: two.connection(one.peer_id) is not None)
         assert pushes(two) == 0
         two.unserve(ECHO)
         assert pushes(two) == 1
+
+    run_hosts(2, scene)
+
+
+def test_who_dialled_us_is_asked_when_the_connection_turns_out_to_last_and_not_for_one_question() -> None:
+    async def scene(one: Host, two: Host) -> None:
+        await one.connect(two.peer_id, two.addresses)
+        await until(lambda: two.connection(one.peer_id) is not None)
+        asking = asyncio.all_tasks()
+        two.maintain(two.ports.clock.now())
+        assert asyncio.all_tasks() == asking
+        with two.keep(one.peer_id):
+            two.maintain(two.ports.clock.now())
+            await until(lambda: PING in two.protocols_of(one.peer_id))
+        assert not one.protocols_of(two.peer_id)
 
     run_hosts(2, scene)
 

@@ -18,7 +18,7 @@ from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
 from overlay.rpc.types import Message, Part
-from overlay.rpc.unary import serve_unary
+from overlay.rpc.unary import call, serve_unary
 from tests.overlay.dht.test_node import KEY, run_nodes, until_values, values
 from tests.overlay.network import LOOPBACK, identity, system_ports, until
 
@@ -144,5 +144,57 @@ def test_who_asks_too_much_is_told_so_and_the_count_is_bounded() -> None:
         outcomes = [nodes[0].offer(record, sender.peer_id)[0].value for record in made]
         assert outcomes.count("stored") <= limits.STORES_PER_PEER_PER_MINUTE
         assert outcomes[-1] == "rate"
+
+    run_nodes(2, scene)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [None, 7, "text", {}, [], [None, 3], [b"no address"], [b"x" * 10_000], [[NOBODY_AT]], [Multiaddr.parse("/ip4/1.2.3.4/udp/9").encode()]],
+    ids=lambda value: repr(value)[:24],
+)  # fmt: skip
+def test_who_says_no_address_with_its_question_is_answered_and_stays_unknown(at: Any) -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        answer = await call(hosts[1], hosts[0].peer_id, DHT, Message("ping", {"at": at}))
+        assert answer.kind == "pong"
+        assert not nodes[0].ready
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_of_the_addresses_that_come_with_a_question_so_many_are_kept() -> None:
+    at = [Multiaddr.parse(f"/ip4/127.0.0.1/tcp/{port}").encode() for port in range(1, 100)]
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await call(hosts[1], hosts[0].peer_id, DHT, Message("ping", {"at": at}))
+        ((peer, known),) = nodes[0].known_peers()
+        assert peer == hosts[1].peer_id
+        assert len(known) == limits.ADDRESSES_PER_CONTACT
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_a_private_address_in_a_question_from_the_public_net_is_no_place_to_be_dialled_at() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        far = hosts[0].connection(hosts[1].peer_id)
+        assert far is not None
+        far.remote_address = Multiaddr.parse("/ip4/5.6.7.8/tcp/4001")
+        private, public = (Multiaddr.parse(f"/ip4/{ip}/tcp/4001") for ip in ("192.168.1.5", "5.6.7.9"))
+        await call(hosts[1], hosts[0].peer_id, DHT, Message("ping", {"at": [private.encode()]}))
+        assert not nodes[0].ready
+        await call(hosts[1], hosts[0].peer_id, DHT, Message("ping", {"at": [private.encode(), public.encode()]}))
+        assert nodes[0].known_peers() == [(hosts[1].peer_id, (public,))]
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_a_contact_that_asks_from_elsewhere_is_found_there() -> None:
+    moved = Multiaddr.parse("/ip4/127.0.0.1/tcp/77")
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await until(lambda: nodes[0].ready)
+        await call(hosts[1], hosts[0].peer_id, DHT, Message("ping", {"at": [moved.encode()]}))
+        ((_, known),) = nodes[0].known_peers()
+        assert known[0] == moved
 
     run_nodes(2, scene)

@@ -178,7 +178,7 @@ def test_nothing_reads_a_clock_or_draws_but_through_the_ports(monkeypatch: pytes
     run_nodes(8, scene)
 
 
-def test_a_server_that_asks_is_known_by_what_it_says_it_speaks_without_a_question_back() -> None:
+def test_a_server_that_asks_is_known_by_where_it_says_it_is_without_a_question_back() -> None:
     async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
         asked, asker, client = nodes
         calls = asked.statistics().calls
@@ -208,7 +208,7 @@ def test_what_could_not_be_dialled_a_moment_ago_does_not_come_in_by_asking() -> 
         one.call_ended(Contact(hosts[1].peer_id), DialError("It is dark there."))
         for address in book.addresses(hosts[1].peer_id, hosts[0].ports.clock.now()):
             book.failed(address, hosts[0].ports.clock.now() + limits.LOST_RETRY_S)
-        one.heard_from(hosts[1].peer_id)
+        one.heard_from(hosts[1].peer_id, hosts[1].addresses)
         assert not one.ready
 
     run_nodes(2, scene)
