@@ -24,10 +24,11 @@ SEEDS_AT_MOST = 10_000
 ABOUT_CHARACTERS = 90
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+def main(arguments: Sequence[str] | None = None, *, is_process: bool = False) -> int:
+    """Run a command; returns the exit code. With ``is_process`` the process ends with it, and need not be tidy."""
     try:
         given = _parser().parse_args(arguments)
+        given.is_process = is_process
         if given.command == "list":
             return _list(Path(given.directory))
         if given.command == "bench":
@@ -141,7 +142,7 @@ def _run(given: argparse.Namespace) -> int:
     _make_room(given.table)
     seeds: Sequence[int] = given.seeds if given.seeds is not None else (1 if given.seed is None else given.seed,)
     if given.json:
-        outcome = run_seed(prepared[0], seeds[0], is_timed=not given.any_speed)
+        outcome = run_seed(prepared[0], seeds[0], is_timed=not given.any_speed, is_last=given.is_process)
         _draw(prepared[0], outcome, given.plots)
         print(outcome.to_json())
         return 0 if outcome.passed else 1
@@ -159,7 +160,8 @@ def _run_here(prepared: Prepared, seed: int, given: argparse.Namespace) -> int:
         left = f"{duration_said(took_s / share - took_s)} left, " if share > 0 else ""
         progress.show(share, f"{left}{events:,} callbacks")  # what is left comes first: it has to fit a line of 80
 
-    outcome = run_seed(prepared, seed, on_progress, print if given.verbose else None, is_timed=not given.any_speed)
+    on_line = print if given.verbose else None
+    outcome = run_seed(prepared, seed, on_progress, on_line, is_timed=not given.any_speed, is_last=given.is_process)
     progress.clear()
     _draw(prepared, outcome, given.plots)
     print("\n".join(run_lines(outcome, prepared.scenario.about)))
@@ -232,5 +234,15 @@ def _write_table(groups: Sequence[Sequence[Outcome]], file: str) -> None:
         Path(file).write_text("\n".join(markdown_table(groups)) + "\n", encoding="utf-8")
 
 
+def _end(code: int) -> NoReturn:
+    """At once: the interpreter would take a simulated network apart for seconds, object by object."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = code or 1
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main(is_process=True))

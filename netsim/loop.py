@@ -109,6 +109,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.is_watching = False
         """Whether any process ever stood still or died."""
         self._buried: list[asyncio.Task[Any]] = []
+        self.is_left_standing = False
+        """Whether `close` leaves the dead as they are; whoever says so keeps the loop until the process ends."""
         self._executors: dict[Any, float] = {}
         self.executor_delay_s: Callable[[str], float] = _usual_executor_delay_s
         """What a job waits for its thread, by host; the world gives one with a seed."""
@@ -293,8 +295,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._lives.pop(host, None)
 
     def close(self) -> None:
-        """As the base loop; the dead are taken apart first, where nothing they do has an effect."""
-        if not self.is_running() and not self.is_closed():
+        """As the base loop; the dead are taken apart first, where nothing they do has an effect (but see `is_left_standing`)."""
+        if not self.is_running() and not self.is_closed() and not self.is_left_standing:
             known = len(self.failures)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what their clean-up begins is never awaited, and must not be

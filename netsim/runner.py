@@ -103,13 +103,16 @@ def run_seed(
     on_line: Callable[[str], None] | None = None,
     *,
     is_timed: bool = True,
+    is_last: bool = False,
 ) -> Outcome:
     """Run it in this thread, in a loop of its own. ``on_line`` hears every line of the trace and of the log.
 
-    With ``is_timed`` false it may take as many real seconds as it likes.
+    With ``is_timed`` false it may take as many real seconds as it likes. With ``is_last`` the process ends after it, by `os._exit`:
+    the world is left standing, for taking thousands of hosts apart takes seconds.
     """
     run = _Run(prepared, seed, on_progress, on_line)
     run.is_timed = is_timed
+    run.loop.is_left_standing = is_last
     handler = _LogToTrace(run, logging.INFO if on_line else logging.WARNING)
     root = logging.getLogger()
     level = root.level
@@ -125,7 +128,14 @@ def run_seed(
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
+    if is_last:
+        _STANDING.append(run)
+        gc.freeze()
     return run.outcome()
+
+
+_STANDING: list[_Run] = []
+"""What a process that is about to end holds on to, lest it be taken apart."""
 
 
 class _LogToTrace(logging.Handler):

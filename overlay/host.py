@@ -22,7 +22,7 @@ from overlay.errors import ConnectionLost, DialError, PeerdError, StreamReset, T
 from overlay.gate import HandshakeGate
 from overlay.identify import IDENTIFY, IDENTIFY_PUSH, without_own_suffix
 from overlay.identity import Identity, PeerId
-from overlay.idle import to_leave
+from overlay.idle import IdleConnections
 from overlay.introductions import Introduced, Introductions
 from overlay.multiaddr import Multiaddr
 from overlay.noise.handshake import Handshake
@@ -131,6 +131,7 @@ class Host:
         self._keeps: dict[PeerId, int] = {}
         self._busy = asyncio.Event()
         self._push_due = False
+        self._idle = IdleConnections()
         self._changed_at = 0.0
         self._closing = False
         self._prologue = NETWORK_PROLOGUE + self.config.network_secret if self.config.network_secret else b""
@@ -373,7 +374,7 @@ class Host:
         if connection.is_first_meeting:
             self._ask_who(connection)
         if len(self._connections) > limits.CONNECTIONS_EASY:
-            self._leave_idle(now)
+            self._idle.leave(self._connections, self._keeps, now)
 
     def _ask_who(self, connection: Connection) -> None:
         """Who answered at a bare address is asked at once, and whoever dialled us when that turns out to last; whom we dial by name when
@@ -411,6 +412,7 @@ class Host:
         if heir is not None:
             del self._draining[heir]
             self._connections[peer] = heir
+            self._idle.look_again()
             return
         for listener in self._on_close:
             listener(connection)
@@ -427,18 +429,6 @@ class Host:
     def _remember_rtt(self, connection: Connection) -> None:
         if connection.rtt_s is not None:
             self.address_book.measured(connection.remote_peer, connection.rtt_s, self.ports.clock.now())
-
-    def _leave_idle(self, now: float) -> None:
-        """Leave what is idle for too long, or too many; see `overlay.idle`."""
-        quiet = [
-            found
-            for peer, found in self._connections.items()
-            if not found.session.lanes
-            and not (self._keeps and peer in self._keeps)
-            and (found.session.was_used or now - found.opened_at >= limits.UNUSED_IDLE_S)
-        ]
-        for index in to_leave([found.last_received for found in quiet], len(self._connections), now):
-            quiet[index].leave()
 
     # --- maintenance ---
 
@@ -472,7 +462,7 @@ class Host:
                 self._check_alive(connection, now)
                 if connection.is_inbound and connection.is_open:
                     self._ask_who(connection)
-        self._leave_idle(now)
+        self._idle.leave(self._connections, self._keeps, now)
         if self._push_due:
             self._push_due = False
             for connection in self._connections.values():

@@ -34,6 +34,8 @@ REPUBLISH_RETRY_S = 5.0
 # --- the table ---
 CONTACTS_PER_GROUP_AND_BUCKET = 2
 CONTACTS_PER_GROUP = 10
+GROUPS_COUNTED_MAX = 1 << 16
+"""More than a table and those who wait for a place in it can ever have: older counts are forgotten."""
 BUCKETS_MAX = 512
 ADDRESSES_PER_CONTACT = 8
 ADDRESS_BYTES_MAX = 300

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -145,7 +144,7 @@ class DhtProtocol:
     async def _call(self, contact: Contact, message: Message, timeout_s: float | None = None) -> Message | None:
         self.calls += 1
         if self._serves:
-            message = replace(message, header={**message.header, "at": self._at()})
+            message = Message(message.kind, {**message.header, "at": self._at()}, message.parts)
         try:
             answer = await call(
                 self._host,

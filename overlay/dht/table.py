@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import cast
@@ -132,6 +132,8 @@ class Table(RoutingTable):
 
     def __init__(self, node: Contact, ksize: int = limits.KSIZE) -> None:
         super().__init__(None, ksize, node)
+        self._at_most: dict[str, int] = {}
+        """How many of a group are in the table, or wait to come into it; or fewer. It is counted where the bound is reached."""
 
     def flush(self) -> None:
         """Start empty. The range is inclusive at both ends."""
@@ -153,7 +155,7 @@ class Table(RoutingTable):
 
     def add_contact(self, node: Contact) -> Contact | None:
         """Add or renew a contact; where its bucket is full, the contact to ask whether it still answers."""
-        if node.id == self.node.id or not self._is_diverse(node):
+        if node.id == self.node.id or (node.group and not self._is_diverse(node)):
             return None
         while True:
             index = self.get_bucket_for(node)
@@ -171,16 +173,25 @@ class Table(RoutingTable):
         return bool(bucket.has_in_range(self.node)) or bucket.prefix_bits % limits.SPLIT_EVERY != 0
 
     def _is_diverse(self, node: Contact) -> bool:
-        if not node.group or self.get(node.id) is not None:
+        """Whether there is room for one more of its group; if so, it is counted as come."""
+        if self.get(node.id) is not None:
             return True
-        group, own = node.group, self.buckets[self.get_bucket_for(node)]
-        in_table = 0
-        for bucket in self.buckets:
-            found = [other.group for other in bucket.nodes.values()].count(group)
-            if bucket is own and found >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
+        group = node.group
+        if self._at_most.get(group, 0) >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
+            waiting = sum(_count(group, bucket.replacement_nodes) for bucket in self.buckets)
+            in_table = sum(_count(group, bucket.nodes) for bucket in self.buckets)
+            self._at_most[group] = waiting + in_table
+            in_bucket = _count(group, self.buckets[self.get_bucket_for(node)].nodes)
+            if in_bucket >= limits.CONTACTS_PER_GROUP_AND_BUCKET or in_table >= limits.CONTACTS_PER_GROUP:
                 return False
-            in_table += found
-        return in_table < limits.CONTACTS_PER_GROUP
+        if len(self._at_most) >= limits.GROUPS_COUNTED_MAX:
+            self._at_most = dict.fromkeys(self._groups(), limits.CONTACTS_PER_GROUP)
+        self._at_most[group] = self._at_most.get(group, 0) + 1
+        return True
+
+    def _groups(self) -> set[str]:
+        held = [nodes for bucket in self.buckets for nodes in (bucket.nodes, bucket.replacement_nodes)]
+        return {contact.group for nodes in held for contact in nodes.values()}
 
     def contacts(self) -> list[Contact]:
         """All of them, bucket by bucket."""
@@ -232,3 +243,7 @@ class Table(RoutingTable):
     def own_depth(self) -> int:
         """How many leading bits the bucket around our own id fixes."""
         return cast("Bucket", self.buckets[self.get_bucket_for(self.node)]).prefix_bits
+
+
+def _count(group: str, nodes: Mapping[bytes, Contact]) -> int:
+    return [node.group for node in nodes.values()].count(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import random
 
 import pytest
 from kademlia.node import Node
@@ -69,6 +70,38 @@ def test_one_address_group_gets_few_places() -> None:
     for number in range(60, 100):
         table.add_contact(contact(number, ""))
     assert len(table.contacts()) > limits.CONTACTS_PER_GROUP
+
+
+def naively_diverse(table: Table, node: Contact) -> bool:
+    """By counting everybody, every time."""
+    own = table.buckets[table.get_bucket_for(node)]
+    in_bucket = sum(other.group == node.group for other in own.nodes.values())
+    in_table = sum(other.group == node.group for other in table.contacts())
+    return in_bucket < limits.CONTACTS_PER_GROUP_AND_BUCKET and in_table < limits.CONTACTS_PER_GROUP
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("counted_max", [limits.GROUPS_COUNTED_MAX, 8])
+def test_places_of_a_group_are_counted_right_whoever_comes_and_goes(
+    seed: int, counted_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "GROUPS_COUNTED_MAX", counted_max)
+    draws = random.Random(seed)
+    table = Table(contact(1), 4)
+    refused = 0
+    for _ in range(1500):
+        node = contact(draws.randrange(2, 400), f"net {draws.randrange(12)}")
+        if table.get(node.id) is not None:
+            if draws.random() < 0.6:
+                table.remove_contact(node)
+            continue
+        is_welcome = naively_diverse(table, node)
+        asked = table.add_contact(node)
+        is_there = table.get(node.id) is not None or asked is not None
+        assert is_there == is_welcome
+        refused += not is_there
+        assert len(table._at_most) <= max(counted_max, 12)
+    assert refused > 100
 
 
 def test_groups_are_networks_and_private_ones_can_be_exempt() -> None:
