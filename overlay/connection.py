@@ -24,6 +24,7 @@ from overlay.pacing import UrgentTraffic
 from overlay.stream import Priority, Stream
 from overlay.upgrade import Upgrade
 from overlay.uplink import Uplink
+from overlay.wake import Wake
 from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, Lane, Session
 
 log = logging.getLogger(__name__)
@@ -31,14 +32,17 @@ log = logging.getLogger(__name__)
 CONTROL_IN_MESSAGE_BYTES = 2 << 10
 """Up to so much, control frames share a message with data."""
 
-_rings: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
+_rings: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[memoryview, memoryview]] = WeakKeyDictionary()
 
 
-def receive_ring(loop: asyncio.AbstractEventLoop) -> memoryview:
-    """What all connections of one loop receive into: the socket's bytes, and after them one message's plaintext."""
+def receive_ring(loop: asyncio.AbstractEventLoop) -> tuple[memoryview, memoryview]:
+    """What all connections of one loop receive into: the socket's bytes, and one message's plaintext."""
     ring = _rings.get(loop)
     if ring is None:
-        ring = _rings[loop] = memoryview(bytearray(limits.RECEIVE_RING_BYTES + PLAINTEXT_BYTES_MAX))
+        ring = _rings[loop] = (
+            memoryview(bytearray(limits.RECEIVE_RING_BYTES)),
+            memoryview(bytearray(PLAINTEXT_BYTES_MAX)),
+        )
     return ring
 
 
@@ -69,6 +73,41 @@ class ConnectionOwner(Protocol):
 class Connection(asyncio.BufferedProtocol):
     """See the module. Made by the host, one per socket."""
 
+    __slots__ = (
+        "_asked_at",
+        "_blocked",
+        "_closed",
+        "_error",
+        "_is_closed",
+        "_make_upgrade",
+        "_now",
+        "_outbox",
+        "_owner",
+        "_plain",
+        "_pumping",
+        "_reading",
+        "_receiver",
+        "_remote_peer",
+        "_ring",
+        "_sender",
+        "_splitter",
+        "_transport",
+        "_upgrade",
+        "_uplink",
+        "is_first_meeting",
+        "is_inbound",
+        "last_received",
+        "opened_at",
+        "received_bytes",
+        "remote_address",
+        "schedule",
+        "sent_bytes",
+        "session",
+        "unnegotiated",
+        "upgraded",
+        "was_left",
+    )
+
     def __init__(
         self,
         owner: ConnectionOwner,
@@ -78,14 +117,15 @@ class Connection(asyncio.BufferedProtocol):
         is_inbound: bool,
     ) -> None:
         self._owner = owner
-        self._make_upgrade = upgrade
+        self._make_upgrade: Callable[[], Upgrade] | None = upgrade
         self._now = clock_now
         self.is_inbound = is_inbound
         self.is_first_meeting = False
         """Whether it was dialled by an address alone, without knowing who is there."""
         self.remote_address: Multiaddr | None = None
         self.upgraded: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
-        self._closed = asyncio.Event()
+        self._is_closed = False
+        self._closed = Wake()
         self._transport: asyncio.Transport | None = None
         self._upgrade: Upgrade | None = None
         self._remote_peer: PeerId | None = None
@@ -155,13 +195,14 @@ class Connection(asyncio.BufferedProtocol):
         elif name:
             self.remote_address = tcp_address(name[0], name[1])
         self._uplink.is_wire = self.remote_address is None or not self.remote_address.is_loopback
-        ring = receive_ring(asyncio.get_running_loop())
-        self._ring, self._plain = ring[: limits.RECEIVE_RING_BYTES], ring[limits.RECEIVE_RING_BYTES :]
+        self._ring, self._plain = receive_ring(asyncio.get_running_loop())
         self.opened_at = self.last_received = self._now()
         if not self._owner.connection_admitted(self):
             self.abort(UpgradeError("Too many handshakes at once; try again later."))
             return
-        self._upgrade = self._make_upgrade()
+        make_upgrade, self._make_upgrade = self._make_upgrade, None
+        assert make_upgrade is not None, "a connection is made once"
+        self._upgrade = make_upgrade()
         first = self._upgrade.start()
         if first:
             self._transport.write(first)
@@ -221,7 +262,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(ConnectionLost(f"The connection broke ({exc})." if exc else "The connection was closed."))
         self._transport = None
-        self._closed.set()
+        self._is_closed = True
+        self._closed.wake()
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -423,11 +465,12 @@ class Connection(asyncio.BufferedProtocol):
         self.close_nowait()
         try:
             async with asyncio.timeout(limits.CLOSE_TIMEOUT_S):
-                await self._closed.wait()
+                await self.wait_closed()
         except TimeoutError:
             if self._transport is not None:
                 self._transport.abort()
 
     async def wait_closed(self) -> None:
         """Until the connection has ended, whatever the reason."""
-        await self._closed.wait()
+        while not self._is_closed:
+            await self._closed.wait()

@@ -47,6 +47,29 @@ class StreamReceiver(Protocol):
 class Stream:
     """A bidirectional byte pipe to a peer. Cancel-safe, except that a `write` cancelled in the middle resets it."""
 
+    __slots__ = (
+        "__weakref__",
+        "_changed",
+        "_deadline",
+        "_eof",
+        "_error",
+        "_finish_after_drain",
+        "_initiator",
+        "_is_full",
+        "_is_heavy",
+        "_received",
+        "_received_bytes",
+        "_receiver",
+        "_responder",
+        "connection",
+        "lane",
+        "outgoing",
+        "outgoing_bytes",
+        "priority",
+        "protocol",
+        "scheduled",
+    )
+
     def __init__(self, connection: Connection, lane: Lane, priority: Priority, now: float) -> None:
         self.connection = connection
         self.priority = priority

@@ -124,6 +124,31 @@ class Events(Protocol):
 class Session:
     """One connection's multiplexer."""
 
+    __slots__ = (
+        "_body_flags",
+        "_body_lane",
+        "_body_left",
+        "_control",
+        "_control_bytes",
+        "_dead",
+        "_events",
+        "_granted_extra",
+        "_header",
+        "_hears_out",
+        "_last_remote_id",
+        "_next_id",
+        "_ping_value",
+        "_pongs",
+        "_remote_parity",
+        "_unacked",
+        "_updates",
+        "lanes",
+        "local_gone",
+        "ping_sent_at",
+        "remote_gone",
+        "rtt_s",
+    )
+
     def __init__(self, events: Events, *, client: bool) -> None:
         self._events = events
         self._next_id = 1 if client else 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from overlay import limits
 from overlay.connection import Connection
 from overlay.host import Host
@@ -65,11 +67,11 @@ def test_bulk_leaves_room_while_anything_urgent_was_sent_and_takes_it_all_otherw
     run_hosts(2, scene)
 
 
-def test_bulk_goes_on_to_a_peer_that_echoes_no_marks() -> None:
+def test_bulk_goes_on_to_a_peer_that_echoes_no_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(one: Host, two: Host) -> None:
-        order, connection, (bulk, _) = await _streams(one, two, Priority.BULK, Priority.DECODE)
+        order, _, (bulk, _) = await _streams(one, two, Priority.BULK, Priority.DECODE)
         one.urgent.last_at = one.ports.clock.now()
-        connection.mark_echoed = lambda number: None  # type: ignore[method-assign]
+        monkeypatch.setattr(Connection, "mark_echoed", lambda _, number: None)
         bulk.write_nowait(bytes(1 << 20))
         assert bulk.outgoing
         one.urgent.last_at = one.ports.clock.now() - limits.URGENT_LIFE_S
