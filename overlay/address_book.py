@@ -20,6 +20,7 @@ class _Entry:
     record_sequence: int = -1
     last_success: float = float("-inf")
     identified_at: float = float("-inf")
+    asked_at: float = float("-inf")
     rtt_s: float | None = None
     rtt_at: float = float("-inf")
 
@@ -93,6 +94,15 @@ class AddressBook:
         """When the peer last said who it is; minus infinity while it hasn't."""
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.identified_at
+
+    def asked(self, peer: PeerId, now: float) -> None:
+        """The peer is being asked who it is."""
+        self._touch(peer).asked_at = now
+
+    def asked_at(self, peer: PeerId) -> float:
+        """When it was last asked who it is, with or without an answer."""
+        entry = self._entries.get(peer)
+        return float("-inf") if entry is None else entry.asked_at
 
     def measured(self, peer: PeerId, rtt_s: float, now: float) -> None:
         """The round trip of a connection that ends."""

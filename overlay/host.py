@@ -379,7 +379,7 @@ class Host:
     def _ask_who(self, connection: Connection) -> None:
         """Who answered at a bare address is asked at once, and whoever dialled us when that turns out to last; whom we dial by name when
         more is wanted of it than that. Those who come for one question, as most do in a DHT, say with it where they are."""
-        if self._introductions.is_due(connection.remote_peer):
+        if not connection.was_left and self._introductions.is_due(connection.remote_peer):
             self._spawn(self._introductions.ask(connection), f"identify {connection.remote_peer.short}")
 
     def _wins(self, new: Connection, old: Connection) -> bool:
@@ -466,7 +466,7 @@ class Host:
         if self._push_due:
             self._push_due = False
             for connection in self._connections.values():
-                if connection.opened_at <= self._changed_at:  # a later one was told of the change when it asked
+                if connection.opened_at <= self._changed_at:  # a later one is told of the change if it asks
                     self._spawn(self._introductions.push(connection), f"identify push {connection.remote_peer.short}")
 
     def _check_alive(self, connection: Connection, now: float) -> None:

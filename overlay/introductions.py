@@ -1,7 +1,8 @@
 """Who is at the other end and what it speaks: identify and identify/push over streams (libp2p specs: identify/README).
 
-A peer is asked when it is met, not at every connection: connections come and go with what runs over them, and a peer that was asked
-within `IDENTIFY_FRESH_S` would say the same again. Owns the sequence of our own record. What is learned goes to the address book.
+A peer is asked when something is wanted of it, or its connection lasts, not at every connection: they come and go with what runs over
+them, and a peer that told within `IDENTIFY_FRESH_S` would say the same again; one that didn't is left in peace for a while. Owns the
+sequence of our own record. What is learned goes to the address book.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ class Introductions:
         self._book = book
         self._own = own
         self._listeners: list[Introduced] = []
-        self._asking: dict[PeerId, None] = {}
         self.record_sequence = 0
         self._said: tuple[tuple[object, ...], bytes] | None = None
 
@@ -49,9 +49,10 @@ class Introductions:
         self._listeners.append(listener)
 
     def is_due(self, peer: PeerId) -> bool:
-        """Whether it is unknown or too long ago what ``peer`` speaks."""
-        is_stale = self._clock.now() - self._book.identified_at(peer) > limits.IDENTIFY_FRESH_S
-        return is_stale and peer not in self._asking
+        """Whether it is unknown or too long ago what ``peer`` speaks, and nobody has just asked."""
+        now = self._clock.now()
+        is_stale = now - self._book.identified_at(peer) > limits.IDENTIFY_FRESH_S
+        return is_stale and now - self._book.asked_at(peer) > limits.IDENTIFY_RETRY_S
 
     def _message(self, connection: Connection) -> bytes:
         addresses, protocols = self._own()
@@ -73,7 +74,7 @@ class Introductions:
 
     async def ask(self, connection: Connection) -> None:
         """Ask who is there; a failure is nobody's."""
-        self._asking[connection.remote_peer] = None
+        self._book.asked(connection.remote_peer, self._clock.now())
         try:
             async with asyncio.timeout(limits.IDENTIFY_TIMEOUT_S):
                 stream = connection.open_stream(IDENTIFY)
@@ -81,8 +82,6 @@ class Introductions:
                 await stream.close_write()
         except (PeerdError, TimeoutError) as error:
             log.debug("identify with %s failed: %s", connection.remote_peer.short, error)
-        finally:
-            self._asking.pop(connection.remote_peer, None)
 
     async def push(self, connection: Connection) -> None:
         """Tell a connected peer what has changed here."""

@@ -75,5 +75,7 @@ IDENTIFY_BYTES_MAX = 8 << 10
 IDENTIFY_MESSAGES_MAX = 10
 IDENTIFY_TIMEOUT_S = 10.0
 IDENTIFY_FRESH_S = 600.0
-"""A peer that said who it is within this time isn't asked again at the next connection."""
+"""A peer that said who it is within this time isn't asked again."""
+IDENTIFY_RETRY_S = 30.0
+"""Nor one that was asked within this time, whatever came of it."""
 PROTOCOLS_PER_PEER = 128

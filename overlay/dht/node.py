@@ -1,7 +1,7 @@
 """The DHT's shell: one node of it. Owns the table, the store, our publications, and the task group that keeps them fresh.
 
-A contact enters the table only after it answered a request of ours over an authenticated connection, which it does only if
-it serves the DHT; clients never enter. Nodes leave when they can't be dialled, or stay silent twice. Knows nothing of what
+A contact enters the table only after it answered a request of ours over an authenticated connection, or asked over one and said
+where it serves the DHT; clients never enter. Nodes leave when they can't be dialled, or stay silent twice. Knows nothing of what
 values mean. Time and randomness come from ports.
 """
 
@@ -112,7 +112,7 @@ class Dht:
         assert tasks is not None
         self._closing = True
         if self.config.server:
-            self._host.unserve(DHT)
+            self._protocol.stop()
         if self._upkeep is not None:
             self._upkeep.cancel()
         for task in list(self._running.values()):
@@ -370,9 +370,11 @@ class Dht:
         return group_of(remote, exempt_private=False)
 
     def _introduced(self, peer: PeerId) -> None:
-        """A peer said what it speaks."""
+        """A peer said what it speaks, and by that maybe that it serves the DHT."""
         book = self._host.address_book
-        self.heard_from(peer, book.addresses(peer, self._now()) if DHT in book.protocols(peer) else ())
+        if DHT in book.protocols(peer):
+            known, is_near = book.addresses(peer, self._now()), self._protocol.trusts_private(peer)
+            self.heard_from(peer, [found for found in known if is_near or not found.is_loopback_or_private])
 
     def heard_from(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
         """A peer that asked, or said what it speaks: one that serves the DHT at ``addresses`` enters the table, as if it had answered.
@@ -383,11 +385,12 @@ class Dht:
         now, book = self._now(), self._host.address_book
         known = self._table.get(node_id_of(peer))
         if known is not None:
-            if not all(address in known.addresses for address in addresses):
-                book.add(peer, addresses, now)
+            live = book.addresses(peer, now)
+            if not all(address in live for address in addresses):
+                book.add(peer, reversed(addresses), now)
             self._renew(known, now)
         elif self._refused.get(peer, 0.0) <= now and any(book.may_dial(address, now) for address in addresses):
-            book.add(peer, addresses, now)
+            book.add(peer, reversed(addresses), now)
             self._admit(Contact(peer))
 
     def _renew(self, known: Contact, now: float) -> None:
@@ -399,7 +402,8 @@ class Dht:
         self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
 
     async def _ask_whether_alive(self, peer: PeerId) -> None:
-        await self._protocol.call_ping(self._contact_of(peer))
+        known = self._table.get(node_id_of(peer))
+        await self._protocol.call_ping(self._contact_of(peer, () if known is None else known.addresses))
 
     def call_ended(self, contact: Contact, error: PeerdError | None) -> None:
         """The one place where contacts enter and leave the table."""

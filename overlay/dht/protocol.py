@@ -20,7 +20,7 @@ from overlay.dht.store import Put
 from overlay.dht.table import Contact, group_of, node_id_of
 from overlay.errors import DialError, InvalidAddress, PeerdError, ProtocolRefused, ProtocolViolation
 from overlay.host import Host
-from overlay.identity import PeerId, decode_address_or_none
+from overlay.identity import PEER_ID_BYTES_MAX, PeerId, decode_address_or_none
 from overlay.multiaddr import ADDRESSES_CACHED, Multiaddr
 from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call, serve_unary
@@ -100,9 +100,13 @@ class DhtProtocol:
         outcomes = [self._peer.offer(record, peer) for record in records]
         return Message("stored", {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]})
 
+    def stop(self) -> None:
+        """Answer no more, and say so by naming no address."""
+        self._serves = False
+        self._host.unserve(DHT)
+
     def _heard_from(self, peer: PeerId, request: Message) -> None:
-        """Private addresses count only from a peer that is itself at one."""
-        contact = self._read_node([peer.multihash, request.header.get("at")], trusts_private=self._trusts_private(peer))
+        contact = self._read_node([peer.multihash, request.header.get("at")], trusts_private=self.trusts_private(peer))
         self._peer.heard_from(peer, () if contact is None else contact.addresses)
 
     def _describe(self, target: bytes, asker: PeerId) -> list[tuple[bytes, tuple[bytes, ...]]]:
@@ -164,10 +168,11 @@ class DhtProtocol:
         return answer
 
     def _at(self) -> list[bytes]:
-        """Where others find this node."""
+        """Where others find this node; public addresses first, lest a machine's many bridges crowd them out."""
         addresses = self._host.addresses
         if addresses is not self._told[0]:
-            own = Contact(self._host.peer_id, [address.without_peer() for address in addresses])
+            bare = sorted((address.without_peer() for address in addresses), key=_is_private)
+            own = Contact(self._host.peer_id, bare)
             self._told = addresses, list(_written(own))
         return self._told[1]
 
@@ -185,7 +190,7 @@ class DhtProtocol:
         listed = header.get("nodes")
         if not isinstance(listed, list):
             return ()
-        trusts_private = self._trusts_private(source)
+        trusts_private = self.trusts_private(source)
         unwanted = (node_id_of(self._host.peer_id), node_id_of(source))
         found: dict[bytes, Contact] = {}
         for entry in listed[: limits.KSIZE]:
@@ -194,7 +199,8 @@ class DhtProtocol:
                 found.setdefault(contact.id, contact)
         return tuple(found.values())
 
-    def _trusts_private(self, source: PeerId) -> bool:
+    def trusts_private(self, source: PeerId) -> bool:
+        """Whether private addresses mean something when ``source`` names them: where it is itself at one."""
         connection = self._host.connection(source)
         remote = None if connection is None else connection.remote_address
         return remote is not None and remote.is_loopback_or_private
@@ -205,7 +211,9 @@ class DhtProtocol:
         raw_peer, raw_addresses = entry
         if not isinstance(raw_peer, bytes) or not isinstance(raw_addresses, list):
             return None
-        raws = tuple([raw for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if isinstance(raw, bytes)])
+        if len(raw_peer) > PEER_ID_BYTES_MAX:
+            return None
+        raws = tuple([raw for raw in raw_addresses[: limits.ADDRESSES_PER_CONTACT] if _is_short(raw)])
         return _contact(raw_peer, raws, trusts_private, self._exempt_private)
 
 
@@ -216,7 +224,7 @@ def _contact(raw_peer: bytes, raws: tuple[bytes, ...], trusts_private: bool, exe
         peer = PeerId.from_bytes(raw_peer)
     except InvalidAddress:
         return None
-    decoded = [_usable(raw) for raw in raws if len(raw) <= limits.ADDRESS_BYTES_MAX]
+    decoded = [_usable(raw) for raw in raws]
     addresses = [found[0] for found in decoded if found is not None and (trusts_private or not found[1])]
     if not addresses:
         return None
@@ -227,7 +235,16 @@ def _contact(raw_peer: bytes, raws: tuple[bytes, ...], trusts_private: bool, exe
 def _usable(raw: bytes) -> tuple[Multiaddr, bool] | None:
     """An address that can be dialled, and whether it is a private one."""
     address = decode_address_or_none(raw)
-    return None if address is None or not address.is_tcp else (address, address.is_loopback_or_private)
+    return None if address is None or not address.is_tcp else (address.without_peer(), address.is_loopback_or_private)
+
+
+def _is_private(address: Multiaddr) -> bool:
+    return address.is_loopback_or_private
+
+
+def _is_short(raw: object) -> bool:
+    """Before anything remembers it: what a peer may make us keep is bounded."""
+    return isinstance(raw, bytes) and len(raw) <= limits.ADDRESS_BYTES_MAX
 
 
 def _written(contact: Contact) -> tuple[bytes, ...]:

@@ -1,6 +1,6 @@
 """The routing table: kademlia's buckets and table over 256-bit ids, with an exact neighbour search. Pure.
 
-Whoever adds a contact has had an authenticated answer from it. A full bucket names the contact to ask whether it is still
+Whoever adds a contact has had an authenticated answer or question from it. A full bucket names the contact to ask whether it is still
 there; this file owns no network. At most a few contacts of one address group enter a bucket and the table.
 """
 
@@ -133,7 +133,7 @@ class Table(RoutingTable):
     def __init__(self, node: Contact, ksize: int = limits.KSIZE) -> None:
         super().__init__(None, ksize, node)
         self._at_most: dict[str, int] = {}
-        """How many of a group are in the table, or wait to come into it; or fewer. It is counted where the bound is reached."""
+        """No more of a group than this are in the table or wait for a place in it; counted anew where that would be too many."""
 
     def flush(self) -> None:
         """Start empty. The range is inclusive at both ends."""
@@ -174,10 +174,10 @@ class Table(RoutingTable):
 
     def _is_diverse(self, node: Contact) -> bool:
         """Whether there is room for one more of its group; if so, it is counted as come."""
-        if self.get(node.id) is not None:
+        group, known = node.group, self.get(node.id)
+        if known is not None and known.group == group:
             return True
-        group = node.group
-        if self._at_most.get(group, 0) >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
+        if known is None and self._at_most.get(group, 0) >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
             waiting = sum(_count(group, bucket.replacement_nodes) for bucket in self.buckets)
             in_table = sum(_count(group, bucket.nodes) for bucket in self.buckets)
             self._at_most[group] = waiting + in_table

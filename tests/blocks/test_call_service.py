@@ -120,10 +120,10 @@ def test_a_request_whose_parts_never_come_gives_back_what_was_reserved(
         stream = await stream_to(field, server)
         channel = MessageChannel(stream, field.client.host.identity)
         buffers: list[bytes] = []
-        stream.write_nowait = lambda *parts, **_: buffers.extend(map(bytes, parts))  # type: ignore[method-assign]
         message = backward_of(field).to_message()
-        channel.send(type(message)(message.kind, {**message.header, "nonce": bytes(16)}, message.parts))
-        del stream.write_nowait
+        with monkeypatch.context() as caught:
+            caught.setattr(Stream, "write_nowait", lambda _, *parts, **__: buffers.extend(map(bytes, parts)))
+            channel.send(type(message)(message.kind, {**message.header, "nonce": bytes(16)}, message.parts))
         stream.write_nowait(b"".join(buffers)[:-100])
         await until(lambda: server.service.bytes_reserved > 0)
         await until(lambda: server.service.bytes_reserved == 0)

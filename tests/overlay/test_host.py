@@ -20,6 +20,7 @@ from overlay.errors import (
     UpgradeError,
 )
 from overlay.host import Host, HostConfig
+from overlay.identify import IDENTIFY
 from overlay.multiaddr import Multiaddr
 from overlay.ping import PING
 from overlay.stream import Stream
@@ -160,6 +161,29 @@ def test_who_dialled_us_is_asked_when_the_connection_turns_out_to_last_and_not_f
             two.maintain(two.ports.clock.now())
             await until(lambda: PING in two.protocols_of(one.peer_id))
         assert not one.protocols_of(two.peer_id)
+
+    run_hosts(2, scene)
+
+
+def test_a_peer_that_doesn_t_say_who_it_is_is_asked_again_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    async def silent(stream: Stream) -> None:
+        asked.append(0.0)
+        stream.reset()
+
+    async def scene(one: Host, two: Host) -> None:
+        one.serve(IDENTIFY, silent)
+        await one.connect(two.peer_id, two.addresses)
+        await until(lambda: two.connection(one.peer_id) is not None)
+        with two.keep(one.peer_id):
+            for _ in range(3):
+                two.maintain(two.ports.clock.now())
+                await until(lambda: not any(task.get_name().startswith("identify") for task in asyncio.all_tasks()))
+            assert len(asked) == 1
+            monkeypatch.setattr(limits, "IDENTIFY_RETRY_S", 0.0)
+            two.maintain(two.ports.clock.now())
+            await until(lambda: len(asked) == 2)
 
     run_hosts(2, scene)
 

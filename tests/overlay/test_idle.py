@@ -209,3 +209,21 @@ def test_a_peer_that_is_met_again_soon_is_not_asked_again_who_it_is() -> None:
         assert again.session._next_id == 4  # one stream of its own: the ping
 
     run_hosts(2, scene)
+
+
+def test_who_became_idle_while_another_was_busy_is_left_when_its_time_is_over() -> None:
+    async def scene(one: Host, two: Host, three: Host) -> None:
+        quiet, _ = await joined(one, two)
+        busy, _ = await joined(one, three)
+        one.maintain(quiet.last_received + 1.0)
+        busy.last_received = quiet.last_received + 20.0
+        one.maintain(quiet.last_received + limits.CONNECTION_IDLE_S - 0.1)
+        assert len(one.connections()) == 2
+        one.maintain(quiet.last_received + limits.CONNECTION_IDLE_S)
+        assert one.connections() == (busy,)
+        one.maintain(busy.last_received + limits.CONNECTION_IDLE_S - 0.1)
+        assert one.connections() == (busy,)
+        one.maintain(busy.last_received + limits.CONNECTION_IDLE_S)
+        assert one.connections() == ()
+
+    run_hosts(3, scene)

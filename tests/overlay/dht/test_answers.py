@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from overlay import limits as overlay_limits
 from overlay.dht import limits
 from overlay.dht.node import Dht, DhtConfig
-from overlay.dht.protocol import DHT
+from overlay.dht.protocol import DHT, _contact
 from overlay.dht.records import encode_records, seal_record
 from overlay.dht.store import RecordStore
 from overlay.dht.table import Contact
+from overlay.errors import DialError
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
@@ -21,6 +24,17 @@ from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call, serve_unary
 from tests.overlay.dht.test_node import KEY, run_nodes, until_values, values
 from tests.overlay.network import LOOPBACK, identity, system_ports, until
+
+
+@dataclass
+class Standing:
+    """A listener of which only the addresses are looked at."""
+
+    addresses: tuple[Multiaddr, ...]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 NOBODY_AT = Multiaddr.parse("/ip4/127.0.0.1/tcp/9").encode()
 STRANGERS = [[identity(number).peer_id.multihash, [NOBODY_AT]] for number in range(1000, 1003)]
@@ -198,3 +212,81 @@ def test_a_contact_that_asks_from_elsewhere_is_found_there() -> None:
         assert known[0] == moved
 
     run_nodes(2, scene)
+
+
+def test_where_an_asker_is_stays_known_for_as_long_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = Multiaddr.parse("/ip4/127.0.0.1/tcp/77")
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        question = Message("ping", {"at": [at.encode()]})
+        await call(hosts[1], hosts[0].peer_id, DHT, question)
+        clock, peer = hosts[0].ports.clock, hosts[1].peer_id
+        later = clock.now() + overlay_limits.ADDRESS_LIFE_S + 1
+        monkeypatch.setattr(type(clock), "now", lambda _: later)
+        assert hosts[0].address_book.addresses(peer, later) == ()
+        nodes[0].heard_from(peer, [at])
+        assert hosts[0].address_book.addresses(peer, later) == (at,)
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_long_addresses_that_come_with_a_question_are_kept_nowhere() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        before = _contact.cache_info().currsize
+        for number in range(5):
+            long = number.to_bytes(4, "big") * 2000
+            await call(hosts[1], hosts[0].peer_id, DHT, Message("ping", {"at": [long]}))
+        assert _contact.cache_info().currsize <= before + 1
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_who_is_known_by_identify_comes_in_by_its_public_addresses_where_it_is_far() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await until(lambda: nodes[0].ready)
+        nodes[0].call_ended(Contact(hosts[1].peer_id), DialError("It is dark there."))
+        far = hosts[0].connection(hosts[1].peer_id)
+        assert far is not None
+        far.remote_address = Multiaddr.parse("/ip4/5.6.7.8/tcp/4001")
+        book, now = hosts[0].address_book, hosts[0].ports.clock.now()
+        private, public = (Multiaddr.parse(f"/ip4/{ip}/tcp/4001") for ip in ("192.168.1.5", "5.6.7.9"))
+        book.identified(hosts[1].peer_id, [private], (DHT,), 1 << 60, now)
+        nodes[0]._introduced(hosts[1].peer_id)
+        assert not nodes[0].ready
+        book.identified(hosts[1].peer_id, [private, public], (DHT,), 1 << 60, now)
+        nodes[0]._introduced(hosts[1].peer_id)
+        assert nodes[0].ready
+
+    run_nodes(2, scene)
+
+
+def test_public_addresses_are_named_before_a_machines_many_bridges() -> None:
+    bridges = [Multiaddr.parse(f"/ip4/172.17.{number}.1/tcp/4001") for number in range(12)]
+    public = Multiaddr.parse("/ip4/5.6.7.8/tcp/4001")
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        hosts[0]._listeners.append(Standing((*bridges, public)))
+        at = nodes[0]._protocol._at()
+        assert at[0] == public.encode()
+        assert len(at) == limits.ADDRESSES_PER_CONTACT
+
+    run_nodes(1, scene)
+
+
+def test_a_node_that_serves_no_more_names_no_address() -> None:
+    heard: list[object] = []
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        async def hear(_: PeerId, request: Message) -> Message:
+            heard.append(request.header.get("at"))
+            return Message("pong", {})
+
+        serve_unary(hosts[0], DHT, {"ping": hear})
+        there = Contact(hosts[0].peer_id, hosts[0].addresses)
+        assert await nodes[1]._protocol.call_ping(there)
+        nodes[1]._protocol.stop()
+        assert await nodes[1]._protocol.call_ping(there)
+
+    run_nodes(2, scene)
+    assert heard[0]
+    assert heard[1] is None
