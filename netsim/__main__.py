@@ -5,10 +5,15 @@ Exit codes: 0 when everything held, 1 when a check failed, 2 for a scenario or a
 
 from __future__ import annotations
 
+# ruff: noqa: E402 - the clock is read before anything else is imported
+import time
+
+BEGAN_S = time.perf_counter() - time.process_time()
+"""When this process began, or hardly later: what follows takes a while to import."""
+
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -24,11 +29,16 @@ SEEDS_AT_MOST = 10_000
 ABOUT_CHARACTERS = 90
 
 
-def main(arguments: Sequence[str] | None = None, *, is_process: bool = False) -> int:
-    """Run a command; returns the exit code. With ``is_process`` the process ends with it, and need not be tidy."""
+def main(arguments: Sequence[str] | None = None, *, is_process: bool = False, began_s: float | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    With ``is_process`` the process ends with it, and need not be tidy. ``began_s`` is when what it takes by the clock began, as
+    `time.perf_counter` said it then; without it, now.
+    """
     try:
         given = _parser().parse_args(arguments)
         given.is_process = is_process
+        given.began_s = time.perf_counter() if began_s is None else began_s
         if given.command == "list":
             return _list(Path(given.directory))
         if given.command == "bench":
@@ -64,11 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="what scenarios there are")
     listing.add_argument("directory", nargs="?", default=str(SCENARIOS))
     commands.add_parser("bench", help="how fast the simulator is: fabric events and RPCs per second")
-    every = commands.add_parser("all", help="run every scenario once, and some seeds of one twice to compare")
+    every = commands.add_parser("all", help="run every scenario once, and some seeds of some twice to compare")
     every.add_argument("directory", nargs="?", default=str(SCENARIOS))
     every.add_argument("--jobs", type=_jobs, default=os.cpu_count() or 1, metavar="J", help="processes side by side")
-    every.add_argument("--repeat", default="", metavar="NAME", help="the scenario whose seeds are run twice each")
+    every.add_argument(
+        "--repeat",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a scenario whose seeds are run twice each; or several",
+    )
     every.add_argument("--seeds", type=_seeds, default=range(1, 21), metavar="A:B", help="its seeds (default 1:20)")
+    every.add_argument("--within", type=_seconds, default=None, metavar="S", help="fail if it all takes more seconds")
     every.add_argument("--table", default="", metavar="FILE", help="write a Markdown table of the results")
     run = commands.add_parser("run", help="run scenarios")
     run.add_argument("files", nargs="+", metavar="FILE", help="a scenario's file, or its name in scenarios/")
@@ -85,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _jobs(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _seconds(text: str) -> int:
     return _whole(text, least=1)
 
 
@@ -142,7 +163,13 @@ def _run(given: argparse.Namespace) -> int:
     _make_room(given.table)
     seeds: Sequence[int] = given.seeds if given.seeds is not None else (1 if given.seed is None else given.seed,)
     if given.json:
-        outcome = run_seed(prepared[0], seeds[0], is_timed=not given.any_speed, is_last=given.is_process)
+        outcome = run_seed(
+            prepared[0],
+            seeds[0],
+            is_timed=not given.any_speed,
+            is_last=given.is_process,
+            began_s=given.began_s,
+        )
         _draw(prepared[0], outcome, given.plots)
         print(outcome.to_json())
         return 0 if outcome.passed else 1
@@ -161,11 +188,19 @@ def _run_here(prepared: Prepared, seed: int, given: argparse.Namespace) -> int:
         progress.show(share, f"{left}{events:,} callbacks")  # what is left comes first: it has to fit a line of 80
 
     on_line = print if given.verbose else None
-    outcome = run_seed(prepared, seed, on_progress, on_line, is_timed=not given.any_speed, is_last=given.is_process)
+    outcome = run_seed(
+        prepared,
+        seed,
+        on_progress,
+        on_line,
+        is_timed=not given.any_speed,
+        is_last=given.is_process,
+        began_s=given.began_s,
+    )
     progress.clear()
     _draw(prepared, outcome, given.plots)
     print("\n".join(run_lines(outcome, prepared.scenario.about)))
-    _write_table([[outcome]], given.table)
+    _write_table([("", [outcome])], given.table)
     print(f"\ntrace hash: {outcome.trace_hash}")
     return 0 if outcome.passed else 1
 
@@ -177,24 +212,23 @@ def _run_many(prepared: Sequence[Prepared], seeds: Sequence[int], given: argpars
     for result in results:
         print("\n".join(seeds_lines(result.outcomes, result.part.prepared.scenario.about)), end="\n\n")
     print("\n".join(twice_lines(results)))
-    _write_table([result.outcomes for result in results], given.table)
+    _write_table([(result.remark, result.outcomes) for result in results], given.table)
     print(f"trace hash: {hash_of(results)}")
     return 0 if all(result.passed for result in results) else 1
 
 
 def _all(given: argparse.Namespace) -> int:
-    """Every scenario of a directory with one seed, and some seeds of one scenario twice each; one table for all."""
+    """Every scenario of a directory with one seed, and some seeds of some scenarios twice each; one table for all."""
     directory = Path(given.directory)
     files = _scenarios_in(directory)
     _make_room(given.table)
     prepared = [prepare(file) for file in files]
     parts = [Part(one, (1,), False) for one in prepared]
-    if given.repeat:
-        again = next((one for one in prepared if one.scenario.name == given.repeat), None)
-        if again is None:
-            raise ScenarioError(f"--repeat: there is no {given.repeat} in {directory}")
-        parts.append(Part(again, tuple(given.seeds), True))
-    began = time.perf_counter()
+    by_name = {one.scenario.name: one for one in prepared}
+    for name in dict.fromkeys(given.repeat):
+        if name not in by_name:
+            raise ScenarioError(f"--repeat: there is no {name} in {directory}")
+        parts.append(Part(by_name[name], tuple(given.seeds), True))
     results = run_parts(parts, given.jobs)
     for result in results:
         for outcome in result.outcomes:
@@ -202,12 +236,15 @@ def _all(given: argparse.Namespace) -> int:
                 print("\n".join(failure_lines(outcome)), end="\n\n")
     print("\n".join(campaign_lines(results)))
     print("\n".join(["", *twice_lines(results)]))
-    _write_table([result.outcomes for result in results], given.table)
-    failed = sum(not outcome.passed for result in results for outcome in result.outcomes)
-    print(
-        f"{sum(len(result.outcomes) for result in results)} runs, {failed} failed, in {duration_said(time.perf_counter() - began)}"
-    )
-    return 0 if all(result.passed for result in results) else 1
+    _write_table([(result.remark, result.outcomes) for result in results], given.table)
+    outcomes = [outcome for result in results for outcome in result.outcomes]
+    failed = sum(not outcome.passed for outcome in outcomes)
+    took_s = time.perf_counter() - given.began_s
+    print(f"{len(outcomes)} runs, {failed} failed, in {duration_said(took_s)}")
+    is_within = given.within is None or took_s <= given.within
+    if not is_within:
+        print(f"TOO SLOW: it took {took_s:,.0f} s by the clock, and --within gave it {given.within:,}")
+    return 0 if is_within and all(result.passed for result in results) else 1
 
 
 def _draw(prepared: Prepared, outcome: Outcome, directory: str) -> None:
@@ -229,20 +266,24 @@ def _make_room(file: str) -> None:
         raise ScenarioError(f"--table: {file} can't be written ({error.strerror})") from error
 
 
-def _write_table(groups: Sequence[Sequence[Outcome]], file: str) -> None:
+def _write_table(groups: Sequence[tuple[str, Sequence[Outcome]]], file: str) -> None:
     if file:
         Path(file).write_text("\n".join(markdown_table(groups)) + "\n", encoding="utf-8")
 
 
 def _end(code: int) -> NoReturn:
     """At once: the interpreter would take a simulated network apart for seconds, object by object."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        code = code or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # as where the shell closed it
+                stream.flush()
+        except BrokenPipeError:
+            code = code or 1
+        except OSError as error:  # a full disk: whoever reads the file later must not take it for all that was said
+            print(f"netsim: what it said can't be written ({error.strerror})", file=sys.stderr)
+            code = code or 1
     os._exit(code)
 
 
 if __name__ == "__main__":
-    _end(main(is_process=True))
+    _end(main(is_process=True, began_s=BEGAN_S))

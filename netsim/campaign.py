@@ -41,6 +41,13 @@ class Result:
     def passed(self) -> bool:
         return not self.different and all(outcome.passed for outcome in self.outcomes)
 
+    @property
+    def remark(self) -> str:
+        """Whether it was the same twice; nothing where that wasn't asked for."""
+        if self.different:
+            return "NOT THE SAME TWICE"
+        return "the same twice" if self.part.is_twice else ""
+
 
 def run_parts(parts: Sequence[Part], jobs: int, plots: str = "", *, is_timed: bool = True) -> list[Result]:
     """Run everything, ``jobs`` at a time, with a progress bar on standard error."""
@@ -63,7 +70,8 @@ def run_parts(parts: Sequence[Part], jobs: int, plots: str = "", *, is_timed: bo
 
     def on_done(task: Task, outcome: Outcome) -> None:
         verdict = "ok    " if outcome.passed else "FAILED"
-        progress.say(f"{verdict} {Path(task.file).stem}, seed {task.seed}: {outcome.real_s:.1f} s of a core")
+        took = f"{outcome.real_s:.1f} s of a core, {outcome.wall_s:.1f} by the clock"
+        progress.say(f"{verdict} {Path(task.file).stem}, seed {task.seed}: {took}")
 
     outcomes = run_all([task for _, task in tasks], jobs, on_change, on_done)
     progress.clear()
@@ -87,29 +95,33 @@ def hash_of(results: Sequence[Result]) -> str:
 
 
 def twice_lines(results: Sequence[Result]) -> list[str]:
-    """Whether what was run twice was the same."""
+    """Whether what was run twice was the same, of each part that was."""
     lines = []
-    for result in results:
+    twice = [result for result in results if result.part.is_twice]
+    for result in twice:
         for one, other in result.different:
             hashes = " and ".join(run.trace_hash or "none" for run in (one, other))
             lines.append(f"NOT THE SAME TWICE: {one.scenario}, seed {one.seed}: {hashes}")
             lines.append(f"  again: {one.replay} --twice")
-    count = sum(len(result.outcomes) for result in results if result.part.is_twice)
-    if count and not lines:
-        lines.append(f"each of {count} runs was the same in two processes with two PYTHONHASHSEEDs")
+        if not result.different:
+            whose = f"{result.part.prepared.scenario.name}: " if len(twice) > 1 else ""
+            runs = f"each of {len(result.outcomes)} runs"
+            lines.append(f"{whose}{runs} was the same in two processes with two PYTHONHASHSEEDs")
     return lines
 
 
 def campaign_lines(results: Sequence[Result]) -> list[str]:
     """A row for each part."""
-    rows = [("scenario", "hosts", "seeds", "passed", "virtual time", "core s a seed", "peak MiB", "")]
+    rows = [("scenario", "hosts", "seeds", "passed", "virtual time", "core s a seed", "clock s", "peak MiB", "")]
     for result in results:
         outcomes, scenario = result.outcomes, result.part.prepared.scenario
         mean_s = math.fsum(one.real_s for one in outcomes) / len(outcomes)
+        wall_s = math.fsum(one.wall_s for one in outcomes) / len(outcomes)
         peak = max(one.peak_rss_mib for one in outcomes)
-        verdict = "FAILED" if not result.passed else "the same twice" if result.part.is_twice else "ok"
+        verdict = (result.remark or "ok") if result.passed else "FAILED"
         rows.append((
             scenario.name, f"{scenario.host_count:,}", str(len(outcomes)), str(sum(one.passed for one in outcomes)),
-            duration_said(max(one.virtual_s for one in outcomes)), f"{mean_s:.1f}", f"{peak:,.0f}", verdict,
+            duration_said(max(one.virtual_s for one in outcomes)), f"{mean_s:.1f}",
+            f"{wall_s:.1f}", f"{peak:,.0f}", verdict,
         ))  # fmt: skip
-    return table(rows, right=(1, 2, 3, 4, 5, 6), indent="")
+    return table(rows, right=range(1, 8), indent="")

@@ -41,11 +41,14 @@ class Outcome:
     events: int
     virtual_s: float
     real_s: float
+    """Of one core."""
     peak_rss_mib: float
     series: Mapping[str, Series] = field(default_factory=dict, repr=False)
     observations: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     marks: tuple[tuple[float, str], ...] = field(default=(), repr=False)
     """When what befell hosts, for the plots."""
+    wall_s: float = 0.0
+    """By the clock on the wall, the start of the process included where the run knew it."""
 
     @property
     def passed(self) -> bool:

@@ -90,6 +90,7 @@ def run_lines(outcome: Outcome, about: str, *, full: bool = True) -> list[str]:
     """One run: its checks, what else was measured, what failed and why."""
     ratio = outcome.virtual_s / outcome.real_s if outcome.real_s > 0 else 0.0
     took = f"{duration_said(outcome.virtual_s)} of virtual time in {duration_said(outcome.real_s)} of one core"
+    took += f", {duration_said(outcome.wall_s)} by the clock"
     events = f"{outcome.events:,} callbacks, {outcome.trace_lines:,} events traced"
     cost = f"({ratio:,.0f} times as fast), {events}, peak {outcome.peak_rss_mib:,.0f} MiB"
     lines = [f"{outcome.scenario}: {about}", f"  seed {outcome.seed}: {took} {cost}", ""]
@@ -160,11 +161,13 @@ def seeds_lines(outcomes: Sequence[Outcome], about: str) -> list[str]:
     return lines
 
 
-def markdown_table(groups: Sequence[Sequence[Outcome]]) -> list[str]:
-    """A row for each scenario, for a document: what was bounded and what came out, over all its seeds."""
-    lines = ["| scenario | seeds | passed | checked (lowest to highest over the seeds) | core s a seed | peak MiB |"]
-    lines.append("|---|---:|---:|---|---:|---:|")
-    for outcomes in groups:
+def markdown_table(groups: Sequence[tuple[str, Sequence[Outcome]]]) -> list[str]:
+    """A row for each scenario, for a document: what was bounded and what came out, over all its seeds, after a remark on it."""
+    checked = "checked (lowest to highest over the seeds)"
+    lines = [f"| scenario | seeds | passed | {checked} | core s a seed | clock s a seed | peak MiB |"]
+    lines.append("|---|---:|---:|---|---:|---:|---:|")
+    for remark, outcomes in groups:
+        name = f"{outcomes[0].scenario}, {remark}" if remark else outcomes[0].scenario
         parts = []
         for metric, checks in _by_check(outcomes).items():
             known = [check.value for _, check in checks if check.value is not None]
@@ -172,10 +175,9 @@ def markdown_table(groups: Sequence[Sequence[Outcome]]) -> list[str]:
             parts.append(f"`{metric}` {low if low == high else f'{low} to {high}'} ({checks[0][1].bound})")
         passed = sum(one.passed for one in outcomes)
         real_s = math.fsum(one.real_s for one in outcomes) / len(outcomes)
-        peak = max(one.peak_rss_mib for one in outcomes)
-        lines.append(
-            f"| {outcomes[0].scenario} | {len(outcomes)} | {passed} | {'; '.join(parts)} | {real_s:.1f} | {peak:,.0f} |"
-        )
+        wall_s = math.fsum(one.wall_s for one in outcomes) / len(outcomes)
+        cost = f"{real_s:.1f} | {wall_s:.1f} | {max(one.peak_rss_mib for one in outcomes):,.0f}"
+        lines.append(f"| {name} | {len(outcomes)} | {passed} | {'; '.join(parts)} | {cost} |")
     return lines
 
 

@@ -45,6 +45,7 @@ def test_parts_are_told_in_one_table_and_have_one_hash(tmp_path: Path) -> None:
     assert first.endswith("ok")
     assert second.endswith("the same twice")
     assert twice_lines(results) == ["each of 1 runs was the same in two processes with two PYTHONHASHSEEDs"]
+    assert [result.remark for result in results] == ["", "the same twice"]
     assert hash_of(results[:1]) == "aa"
     assert len(hash_of(results)) == 32
 
@@ -55,8 +56,21 @@ def test_a_run_that_differs_is_a_failure_with_both_hashes(tmp_path: Path) -> Non
     different = campaign._result(part, {1: [ran("aa"), ran("bb")]})
     assert not different.passed
     assert twice_lines([different])[0] == "NOT THE SAME TWICE: one, seed 1: aa and bb"
+    assert different.remark == "NOT THE SAME TWICE"
+    assert campaign_lines([different])[2].endswith("FAILED")
     assert campaign._result(part, {1: [ran("aa"), ran("aa")]}).passed
     assert not campaign._result(part, {1: [ran(""), ran("")]}).passed
+
+
+def test_of_several_parts_that_were_run_twice_each_is_told_and_one_that_differs_hides_no_other(tmp_path: Path) -> None:
+    one, two, three = parts(tmp_path, one=True, two=False, three=True)
+    same = {1: [ran("aa"), ran("aa")]}
+    results = [campaign._result(part, same) for part in (one, two, three)]
+    runs = "each of 1 runs was the same in two processes with two PYTHONHASHSEEDs"
+    assert twice_lines(results) == [f"one: {runs}", f"three: {runs}"]
+    results[0] = campaign._result(one, {1: [ran("aa"), ran("bb")]})
+    assert twice_lines(results)[0].startswith("NOT THE SAME TWICE: one, seed 1")
+    assert twice_lines(results)[-1] == f"three: {runs}"
 
 
 def test_a_scenario_that_is_to_run_alone_says_so_of_each_of_its_runs(

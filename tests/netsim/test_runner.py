@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +224,24 @@ def test_what_the_scenario_expects_or_does_not_time_is_no_failure(run: Any) -> N
     assert run(Quiet, "real_s_max = 0.000001", is_timed=False).passed
 
 
+def test_a_run_that_has_the_machine_to_itself_is_held_to_the_clock_from_the_start_of_its_process(run: Any) -> None:
+    long_ago = time.perf_counter() - 1000
+    (failure,) = run(Quiet, "alone = true\nreal_s_max = 900", began_s=long_ago).failures
+    assert failure.startswith("took 0.") and " s of a core, 1000." in failure
+    assert failure.endswith(" s by the clock; it was given 900")
+    assert run(Quiet, "alone = true\nreal_s_max = 900", began_s=long_ago, is_timed=False).passed
+    assert run(Quiet, "alone = true\nreal_s_max = 1100", began_s=long_ago).passed
+    assert run(Quiet, "alone = true\nreal_s_max = 900").passed, "without a beginning the clock starts with the run"
+    beside_others = run(Quiet, "real_s_max = 900", began_s=long_ago)
+    assert beside_others.passed
+    assert beside_others.wall_s > 1000 > beside_others.real_s
+
+
+def test_a_run_alone_that_takes_far_too_long_by_the_clock_is_given_up(run: Any) -> None:
+    outcome = run(Endless, "endless = true\nalone = true\nreal_s_max = 300", began_s=time.perf_counter() - 1000)
+    assert any("given up after 1000 s" in failure for failure in outcome.failures)
+
+
 def test_warnings_are_told_in_the_story_of_their_host_and_fail_nothing(run: Any) -> None:
     assert run(Cloudy).passed
 
@@ -232,4 +251,5 @@ def test_an_outcome_survives_its_way_between_processes(run: Any) -> None:
     received = Outcome.from_json(outcome.to_json())
     assert received.checks == outcome.checks
     assert received.stories == outcome.stories
+    assert (received.real_s, received.wall_s) == (outcome.real_s, outcome.wall_s)
     assert (received.trace_hash, received.numbers, received.passed) == (outcome.trace_hash, outcome.numbers, False)
