@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.dht import limits
 from overlay.dht.records import (
+    DOMAIN,
     Record,
     decode_record,
     decode_records,
@@ -28,6 +31,15 @@ def sealed(
     number: int = 1, sequence: int = 1, value: bytes = b"value", subkey: bytes = b"sub", ttl_s: int = 60
 ) -> Record:
     return seal_record(identity(number), KEY, subkey, sequence, ttl_s, value)
+
+
+def signed_by_hand(
+    key: bytes = KEY, subkey: bytes = b"sub", sequence: int = 1, ttl_s: int = 60, value: bytes = b"value"
+) -> Record:
+    """What `seal_record` refuses to sign, a liar signs."""
+    liar = identity(1)
+    packed: bytes = msgpack.packb([key, liar.peer_id.multihash, subkey, sequence, ttl_s, value])
+    return Record(key, liar.peer_id, subkey, sequence, ttl_s, value, liar.sign(DOMAIN + packed))
 
 
 def test_a_record_survives_the_wire() -> None:
@@ -64,6 +76,27 @@ def test_every_field_is_signed_for(changes: dict[str, object]) -> None:
 def test_our_own_record_over_a_limit_is_not_signed(wrong: dict[str, object]) -> None:
     with pytest.raises(LimitExceeded):
         sealed(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"key": b""}, {"key": bytes(limits.KEY_BYTES_MAX + 1)}, {"subkey": bytes(limits.SUBKEY_BYTES_MAX + 1)},
+    {"value": bytes(limits.VALUE_BYTES_MAX + 1)}, {"value": bytes(limits.RECORD_BYTES_MAX)},
+    {"ttl_s": 0}, {"ttl_s": -1}, {"ttl_s": limits.TTL_S_MAX + 1},
+    {"sequence": -1}, {"sequence": limits.SEQUENCE_MAX + 1},
+], ids=lambda wrong: next(iter(wrong)))  # fmt: skip
+def test_a_record_over_a_limit_is_refused_however_well_it_is_signed(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolViolation, match="limit"):
+        decode_record(encode_record(signed_by_hand(**wrong)))
+
+
+@pytest.mark.parametrize("most", [
+    {"key": bytes(limits.KEY_BYTES_MAX)}, {"subkey": bytes(limits.SUBKEY_BYTES_MAX)}, {"subkey": b""},
+    {"value": bytes(limits.VALUE_BYTES_MAX)}, {"value": b""}, {"ttl_s": 1}, {"ttl_s": limits.TTL_S_MAX},
+    {"sequence": 0}, {"sequence": limits.SEQUENCE_MAX},
+], ids=lambda most: next(iter(most)))  # fmt: skip
+def test_a_record_at_a_limit_is_taken(most: dict[str, Any]) -> None:
+    record = signed_by_hand(**most)
+    assert decode_record(encode_record(record)) == record
 
 
 def test_a_bad_entry_spoils_only_itself() -> None:
