@@ -18,7 +18,7 @@ from netsim.tables import TableError, did_you_mean, read_table
 
 HOSTS_AT_MOST = 20_000
 REAL_NOISE_HOSTS_AT_MOST = 100
-"""Up to so many hosts the default channel is Noise; above, the null channel."""
+"""Up to so many hosts a file can't have but Noise; above, the default is the null channel."""
 FaultKind = Literal[
     "kill", "power-off", "stop", "restart", "freeze", "thaw", "sleep", "wake", "partition", "reset", "degrade",
     "clock-step", "slow", "fill-disk", "fill-memory", "lie",
@@ -238,7 +238,7 @@ class Scenario:
     hosts: Mapping[str, HostGroup]
     checks: Mapping[str, Bound]
     channel: Literal["", "null", "noise"] = ""
-    """What secures connections; chosen by the number of hosts where it is left out."""
+    """What secures connections; chosen by the number of hosts where it is left out. Of few hosts only a test asks for the null one."""
     real_s_max: float = 120.0
     """Of one core's time; over it is a failure."""
     rss_mib_max: float | None = None
@@ -290,11 +290,19 @@ def parse_scenario(text: str, file: str) -> Scenario:
         table = tomllib.loads(text)
         if "name" in table:
             raise TableError("name", "is the file's own name, and not said in it")
-        return read_table(Scenario, {**table, "name": Path(file).stem})
+        return _checked(read_table(Scenario, {**table, "name": Path(file).stem}))
     except tomllib.TOMLDecodeError as error:
         raise ScenarioError(f"{file}: {error}") from error
     except TableError as error:
         raise ScenarioError(f"{file}: {error}") from error
+
+
+def _checked(scenario: Scenario) -> Scenario:
+    """What a file may not say, though a test that makes a scenario small in code may."""
+    few = scenario.host_count <= REAL_NOISE_HOSTS_AT_MOST
+    sentence = f"can't be null with {REAL_NOISE_HOSTS_AT_MOST} hosts or fewer: they do the real handshake"
+    _need(scenario.channel != "null" or not few, "channel", sentence)
+    return scenario
 
 
 def load_scenario(path: Path) -> Scenario:
@@ -304,7 +312,7 @@ def load_scenario(path: Path) -> Scenario:
             told = runpy.run_path(str(path)).get("SCENARIO")
             if not isinstance(told, Scenario):
                 raise ScenarioError(f"{path}: SCENARIO is no Scenario")
-            return replace(told, name=path.stem)
+            return _checked(replace(told, name=path.stem))
         return parse_scenario(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, TableError) as error:
         raise ScenarioError(f"{path}: can't be read ({error})") from error

@@ -13,10 +13,12 @@ from typing import ClassVar
 
 from netsim.metrics import Metrics
 from netsim.workloads.dht import COMMON_METRICS, DhtScene, Published, is_joined, peer_of
-from netsim.world import HostDied, Machine, World
+from netsim.world import Machine, World
 
 TTL_SLACK_S = 5.0
 """What is under way when a record's time is over."""
+LEFT = ("stop", "kill", "power-off", "freeze", "sleep")
+"""The world's words for a host that goes."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,11 @@ class Churn(DhtScene[ChurnSettings]):
     """See `ChurnSettings`. Goes on until the time is over."""
 
     SETTINGS: ClassVar[type[ChurnSettings]] = ChurnSettings
-    METRICS: ClassVar[Mapping[str, str]] = {**COMMON_METRICS, "alive": "hosts that run, over time"}
+    METRICS: ClassVar[Mapping[str, str]] = {
+        **COMMON_METRICS,
+        "alive": "hosts that run, over time",
+        "leaves": "times that a host left, in any way",
+    }
 
     def __init__(self, world: World, settings: ChurnSettings, metrics: Metrics) -> None:
         super().__init__(world, settings, metrics)
@@ -75,6 +81,7 @@ class Churn(DhtScene[ChurnSettings]):
                 await asyncio.sleep(field.draws.expovariate(settings.looks_per_s))
                 tasks.create_task(self._look(), name="look")
                 self._metrics.sample("alive", self._world.now_s, len(self._world.alive()))
+                self._metrics.put("leaves", sum(kind in LEFT for _, kind in self._world.marks))
                 field.count_calls()
 
     async def _keep(self, key: bytes) -> None:
@@ -223,7 +230,7 @@ class Expiry(DhtScene[ExpirySettings]):
     METRICS: ClassVar[Mapping[str, str]] = {
         **COMMON_METRICS,
         "withdraw_s": "seconds until a record was taken back everywhere",
-        "stored.left": "records that hosts still hold when all that were published ran out",
+        "stored.left": "records and tombstones that hosts still hold when all that were published ran out",
     }
 
     async def _scene(self) -> None:
@@ -257,15 +264,12 @@ class Expiry(DhtScene[ExpirySettings]):
         for machine, _ in kept:
             self._world.kill(machine)
         await asyncio.sleep(self._settings.ttl_s + TTL_SLACK_S)
-        held = 0
+        self._metrics.put("stored.left", 0)
         for machine in self._world.alive():
-            peer = peer_of(machine)
-            for _, record in kept:
-                try:
-                    held += len(await self._world.on(machine, peer.find(record.key)))
-                except HostDied:
-                    break
-        self._metrics.put("stored.left", held)
+            dht = peer_of(machine).dht
+            dht.held(kept[0][1].key)  # a store forgets what is over when it is asked
+            left = dht.statistics().stored
+            self._metrics.count("stored.left", left, of=machine.name if left else "")
 
     async def _look(self, wanted: Sequence[Published], *, gone: Sequence[Published]) -> None:
         field = self._field

@@ -42,7 +42,7 @@ def test_above_a_hundred_hosts_the_channel_is_null_unless_said() -> None:
     many = GOOD.replace("count = 10", "count = 100")
     assert not parse_scenario(many, "x.toml").is_noise
     assert parse_scenario('channel = "noise"\n' + many, "x.toml").is_noise
-    assert not parse_scenario('channel = "null"\n' + GOOD, "x.toml").is_noise
+    assert not parse_scenario('channel = "null"\n' + many, "x.toml").is_noise
 
 
 REFUSED = {
@@ -61,6 +61,7 @@ REFUSED = {
     "a list for a table of names": ("settings = []\n" + GOOD, "settings: has to be a table, not a list"),
     "too long a pair": (GOOD + "[links]\nrtt_ms = [1, 2, 3]\n", "links.rtt_ms: has to be a list of 2, not of 3"),
     "a wrong item": (GOOD + "[links]\nuplink_mbit = [1, 'x']\n", "links.uplink_mbit[1]: has to be a number"),
+    "no handshake of a few": ('channel = "null"\n' + GOOD.replace("count = 10", "count = 99"), "x.toml: channel: can't be null with 100 hosts or fewer"),
     "an unknown choice": ('channel = "tls"\n' + GOOD, "channel: can't be 'tls'"),
     "an unknown fault": (GOOD + FAULT.replace("kill", "kil"), "faults[0].kind: can't be 'kil'; did you mean 'kill'?"),
     "its own name": ('name = "x"\n' + GOOD, "name: is the file's own name"),
