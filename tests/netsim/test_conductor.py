@@ -95,12 +95,12 @@ def test_partitions_are_healed_one_by_one_and_may_be_one_way() -> None:
             world.start(world.add_host(name, "echo"))
         both = Moment(0.0, "partition", ("one",), ("two",), amount=1.0)
         single = Moment(0.0, "partition", ("one",), ("three",), one_way=True, amount=2.0)
-        await Conductor(world, [both, single, Moment(1.0, "heal", ("one",), ("two",), amount=1.0)]).run()
-        assert (cut(world, "one", "two"), cut(world, "one", "three"), cut(world, "three", "one")) == (
-            False,
-            True,
-            False,
-        )
+        healed = Moment(1.0, "heal", ("one",), ("three",), amount=2.0)
+        conducted = asyncio.get_running_loop().create_task(Conductor(world, [both, single, healed]).run())
+        await asyncio.sleep(0.5)
+        assert (cut(world, "one", "three"), cut(world, "three", "one")) == (True, False)
+        await conducted
+        assert (cut(world, "one", "two"), cut(world, "two", "one"), cut(world, "one", "three")) == (True, True, False)
 
     in_world(work)
 
