@@ -17,6 +17,10 @@ TTL_S_MAX = 3600
 SEQUENCE_MAX = 2**63 - 1
 RECORD_BYTES_MAX = VALUE_BYTES_MAX + 1024
 
+RECORDS_CACHED = 4096
+CACHED_RECORD_BYTES_MAX = 2 << 10
+"""Read forms of records that are kept, of those that aren't longer: at most 20 MB, a few in a usual swarm."""
+
 # --- what a holder keeps ---
 RECORDS_PER_KEY_MAX = 256
 RECORDS_PER_PUBLISHER_MAX = 1024

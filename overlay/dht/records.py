@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import msgpack
 
@@ -94,6 +95,16 @@ def decode_record(data: bytes) -> Record:
     """A record whose signature is good. Raises ProtocolViolation."""
     if len(data) > limits.RECORD_BYTES_MAX:
         raise ProtocolViolation("A peer sent a DHT record over the size limit.")
+    return _decoded(data) if len(data) <= limits.CACHED_RECORD_BYTES_MAX else _decode(data)
+
+
+@lru_cache(maxsize=limits.RECORDS_CACHED)
+def _decoded(data: bytes) -> Record:
+    """Every holder of a key gives the same records, and gives them again to whoever looks again: each is verified once."""
+    return _decode(data)
+
+
+def _decode(data: bytes) -> Record:
     try:
         fields = msgpack.unpackb(
             data, max_array_len=FIELDS, max_map_len=0, max_ext_len=0, max_str_len=0, max_bin_len=len(data)
