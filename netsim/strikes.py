@@ -7,7 +7,8 @@ Knows routes only as `peerctl status` shows them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import random  # noqa: TID251 - a seeded generator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,10 @@ from routing.types import Span
 
 SLOW_FACTOR = 300.0
 """A step of some 3 ms takes a second; one of a long prefill many."""
+WORN_FACTOR, WORN_LOSS = 10.0, 0.05
+"""A path that gets slow: 40 ms one way become 400, and of twenty segments one is lost."""
+STILL_SERVES = ("forget", "fill-disk")
+"""After these a server goes on serving, so that no other has to."""
 BACK_S_MAX = 300.0
 
 
@@ -33,6 +38,25 @@ class Strike:
 
 
 Undo = Callable[[], object]
+
+
+class Kinds:
+    """Kinds of strikes in an order that is drawn: each comes once before any comes again."""
+
+    def __init__(self, kinds: Sequence[str], draws: random.Random) -> None:
+        self._kinds = tuple(kinds)
+        self._draws = draws
+        self._left: list[str] = []
+
+    def take(self) -> str:
+        """The next kind."""
+        if not self._left:
+            self._left = self._draws.sample(self._kinds, len(self._kinds))
+        return self._left.pop()
+
+    def put_back(self, kind: str) -> None:
+        """What could not be done is the next to be."""
+        self._left.append(kind)
 
 
 class Striker:
@@ -71,23 +95,25 @@ class Striker:
     # --- strikes ---
 
     def strike(self, driver: Machine, strike: Strike) -> bool:
-        """Hit a hop of the driver's oldest session, or the driver itself. False when there is none, or it would leave a gap."""
+        """Hit a hop of the driver's oldest session, or the driver itself. False when there is none, or each would leave a gap."""
         if strike.hits_driver:
             return self._hit(driver, driver, strike, STRIKES[strike.kind])
         session, hops = self._oldest_of(driver)
         if not hops:
             return False
         first = int(strike.kind == "forget" and len(hops) > 1)  # what the first hop lacks, no journal has
-        index = first + int(strike.share * (len(hops) - first))
-        onward = hops[index + 1] if index + 1 < len(hops) else driver
-        if not self.strike_one(hops[index], onward, strike):
-            return False
-        self._world.trace.add("strike", hops[index].name, f"{strike.kind} of hop {index}", session)
-        return True
+        chosen = first + int(strike.share * (len(hops) - first))
+        for index in (*range(chosen, len(hops)), *range(first, chosen)):
+            onward = hops[index + 1] if index + 1 < len(hops) else driver
+            if self.strike_one(hops[index], onward, strike):
+                self._world.trace.add("strike", hops[index].name, f"{strike.kind} of hop {index}", session)
+                return True
+        return False
 
     def strike_one(self, target: Machine, onward: Machine, strike: Strike) -> bool:
         """Hit a server, or its way to ``onward``. False when it would leave a gap."""
-        if target.name in self._struck or min(self.coverage((target.name, *self._struck))) < 1:
+        takes_away = strike.kind not in STILL_SERVES
+        if takes_away and (target.name in self._struck or min(self.coverage((target.name, *self._struck))) < 1):
             return False
         return self._hit(target, onward, strike, STRIKES[strike.kind])
 
@@ -161,6 +187,12 @@ def _freeze(world: World, target: Machine, onward: Machine) -> Undo:
     return lambda: world.thaw(target)
 
 
+def _sleep(world: World, target: Machine, onward: Machine) -> Undo:
+    """The lid is closed: what was under way to it or from it is lost, and its peers aren't told."""
+    world.sleep(target)
+    return lambda: world.wake(target)
+
+
 def _slow(world: World, target: Machine, onward: Machine) -> Undo:
     world.slow(target, SLOW_FACTOR)
     return lambda: world.slow(target, 1.0)
@@ -182,6 +214,19 @@ def _reset(world: World, target: Machine, onward: Machine) -> Undo:
     """Its connection to the next hop ends; both live."""
     world.fabric.reset(target.name, onward.name)
     return lambda: None
+
+
+def _degrade(world: World, target: Machine, onward: Machine) -> Undo:
+    """The path to the next hop gets slow and loses more, both ways; of a driver, its paths to all."""
+    others = (onward.name,) if onward is not target else tuple(name for name in world.machines if name != target.name)
+    world.degrade((target.name,), others, WORN_FACTOR, WORN_LOSS)
+    return lambda: world.degrade((target.name,), others, 1.0, 0.0)
+
+
+def _fill_disk(world: World, target: Machine, onward: Machine) -> Undo:
+    """Whatever it writes fails from now on."""
+    world.fill_disk(target, True)
+    return lambda: world.fill_disk(target, False)
 
 
 def _full(world: World, target: Machine, onward: Machine) -> Undo:
@@ -219,10 +264,13 @@ STRIKES: Mapping[str, StrikeKind] = {
     "restart": _restart,
     "stop": _stop,
     "freeze": _freeze,
+    "sleep": _sleep,
     "slow": _slow,
     "one-way": _one_way,
     "cut-off": _cut_off,
     "reset": _reset,
+    "degrade": _degrade,
+    "fill-disk": _fill_disk,
     "full": _full,
     "forget": _forget,
     "lie-shape": _lie_shape,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import random  # noqa: TID251 - the seeded generators that the world hands out
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
+from netsim.answers import Answers
 from netsim.arithmetic import PRIME, Arithmetic
 from netsim.cells import CellCount
 from netsim.ledger import Ledger
@@ -20,7 +21,7 @@ from netsim.mischief import CELLS, Mischief
 from netsim.online import SAMPLE_S, is_ready, sample_coverage, wait_online
 from netsim.peers.node import TORCH, Answer, NodePeer, NodeSettings, use_no_threads
 from netsim.sim_host import Machine
-from netsim.strikes import STRIKES, Strike, Striker
+from netsim.strikes import STRIKES, Kinds, Strike, Striker
 from netsim.world import HostDied, World
 from overlay.errors import PeerdError
 
@@ -36,7 +37,7 @@ class SessionSettings:
 
     Attributes:
         texts: by each driver, one after the other.
-        strikes: how hops are struck, drawn from; none where it is empty.
+        strikes: how hops are struck: in an order that is drawn, each once before any comes again; none where it is empty.
         strikes_per_text: this many tokens of each text are drawn, and a hop of the route is struck when it has come so far; 0 is the
             time before the first token.
         back_after_s: when what was struck is as before.
@@ -93,6 +94,7 @@ class Texts:
         "recovery_s.*": "seconds of that pause by kind of strike",
         "strikes": "strikes on hops of live routes",
         "strikes.*": "the same by kind",
+        "strikes.kinds": "kinds of strikes that happened, of those that were to",
         "online_s": "seconds until every block was served",
         "left.sessions": "sessions that servers still held long after the last text",
         "left.kv_bytes": "KV memory reserved long after the last text",
@@ -107,6 +109,9 @@ class Texts:
         "journal.answers": "windows and results that hops said again, out of their journals",
         "emptied": "windows that hops passed on empty, since they were cancelled",
         "unasked": "things that hops said or computed with no message behind them (`netsim.ledger`)",
+        "answers": "messages to hops whose answer the tables of docs/protocol.md tell (`netsim.answers`)",
+        "answers.*": "the same by answer",
+        "misanswered": "those that were answered otherwise, or not",
         "cells": "cells of the tables of docs/protocol.md whose copies were sent",
     }
 
@@ -122,6 +127,9 @@ class Texts:
         told = cast(NodeSettings, servers[0].settings)
         self._expected = _reference(told)
         self.striker = Striker(world, settings.servers, told.blocks)
+        self.kinds = Kinds(settings.strikes, world.random("kinds of strikes"))
+        self._happened: dict[str, None] = {}
+        metrics.owed_by("strikes.kinds", (f"strikes.{kind}" for kind in settings.strikes))
         self._tokens_before = 0.0
 
     async def run(self) -> None:
@@ -140,9 +148,17 @@ class Texts:
             return
         cells = CellCount(self.metrics, (cell.name for cell in CELLS))
         draws = self.world.random("mischief")
-        mischief = Mischief(self.world.loop, draws, settings.copies, settings.swaps, cells.copied)
-        with mischief.entered():
-            await self._run()
+        self.metrics.count("misanswered", 0)
+        answers = Answers(self.world.loop.time, self.metrics.count, self._misanswered)
+        with answers.entered():
+            mischief = Mischief(self.world.loop, draws, settings.copies, settings.swaps, cells.copied)
+            with mischief.entered():
+                await self._run()
+        answers.finish()
+
+    def _misanswered(self, host: str, session: str, text: str) -> None:
+        self.world.trace.add("misanswered", host, text, session)
+        self.metrics.count("misanswered", of=session)
 
     async def _run(self) -> None:
         settings = self.settings
@@ -167,7 +183,8 @@ class Texts:
             prompt = tuple(draws.randrange(PRIME) for _ in range(draws.randint(*self.settings.prompt_tokens)))
             count = draws.randint(*self.settings.new_tokens)
             self.metrics.count("texts.asked")
-            plan = [self._strike(draws, count, index) for _ in range(self.settings.strikes_per_text)]
+            strikes = self.settings.strikes_per_text if self.settings.strikes else 0
+            plan = [self._strike(draws, count, index) for _ in range(strikes)]
             if self.settings.forgets and draws.random() < self.settings.forgets:
                 plan.append(Strike("forget", draws.randint(*FORGET_TOKENS), draws.random(), FORGOTTEN_S))
             await self._until_done(machine, prompt, count, plan)
@@ -196,14 +213,14 @@ class Texts:
             return
 
     def _strike(self, draws: random.Random, count: int, index: int) -> Strike:
+        """One whose kind is still to be drawn: which kinds have come by then depends on the other drivers."""
         settings = self.settings
-        kind = draws.choice(settings.strikes) if settings.strikes else ""
         first, last = settings.strike_tokens or (0, count - 1)
         at_token = draws.randint(first, min(last, count - 1))
         if settings.in_order:
             at_token = index % count
         hits_driver = draws.random() < settings.strike_drivers
-        return Strike(kind, at_token, draws.random(), draws.uniform(*settings.back_after_s), hits_driver)
+        return Strike("", at_token, draws.random(), draws.uniform(*settings.back_after_s), hits_driver)
 
     def _note(self, machine: Machine, answer: Answer, expected: Sequence[int], *, is_struck: bool) -> None:
         metrics = self.metrics
@@ -216,6 +233,22 @@ class Texts:
             (first_s, _), (last_s, _) = answer.token_at_s[0], answer.token_at_s[-1]
             tokens = sum(count for _, count in answer.token_at_s[1:])
             metrics.observe("token_s", (last_s - first_s) / tokens, of=answer.session)
+
+    def strike(self, machine: Machine, planned: Strike) -> Strike | None:
+        """Strike, and count it; None where there was nobody to strike."""
+        strike = replace(planned, kind=planned.kind or self.kinds.take())
+        if not self.striker.strike(machine, strike):
+            if not planned.kind:
+                self.kinds.put_back(strike.kind)
+            return None
+        name = f"strikes.{strike.kind}"
+        self.metrics.count("strikes")
+        self.metrics.count(name)
+        if not planned.kind:
+            self._happened[strike.kind] = None
+            self.metrics.put("strikes.kinds", len(self._happened))
+            self.metrics.gave("strikes.kinds", name)
+        return strike
 
     # --- what is seen from outside ---
 
@@ -235,7 +268,7 @@ class Texts:
 
 METRICS_FROM_ZERO = (
     "texts.asked", "texts.done", "texts.wrong", "texts.failed", "texts.taken_along",
-    "tokens", "replays", "strikes", "left.sessions", "left.kv_bytes",
+    "tokens", "replays", "strikes", "strikes.kinds", "left.sessions", "left.kv_bytes",
     "gaps", "journal.repairs", "journal.answers", "emptied", "unasked",
 )  # fmt: skip
 
@@ -246,7 +279,7 @@ class _Text:
     def __init__(self, workload: Texts, machine: Machine, plan: list[Strike]) -> None:
         self._workload = workload
         self._machine = machine
-        self._plan = [strike for strike in plan if strike.kind]
+        self._plan = plan
         self._count = 0
         self._news = asyncio.Event()
         self._struck = ""
@@ -297,13 +330,12 @@ class _Text:
             while self._count < strike.at_token:
                 self._news.clear()
                 await self._news.wait()
-            if workload.striker.strike(self._machine, strike):
+            struck = workload.strike(self._machine, strike)
+            if struck is not None:
                 self.is_struck = True
-                workload.metrics.count("strikes")
-                workload.metrics.count(f"strikes.{strike.kind}")
                 self._note_recovery()
                 self._pause_s = 0.0
-                self._struck = "driver" if strike.hits_driver else strike.kind
+                self._struck = "driver" if struck.hits_driver else struck.kind
 
 
 def _reference(told: NodeSettings) -> Callable[[Sequence[int], int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, cast
 import pytest
 
 from blocks.protocol.cells import HOP_CELLS, Age, HopRule
-from netsim.mischief import CELLS
+from netsim.copies import CELLS
 from netsim.outcome import Outcome
 from netsim.runner import prepare, run_seed
 from netsim.scenario import Bound
+from netsim.strikes import Kinds
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 HOSTS = {"boot": 1, "server": 4, "driver": 1}
@@ -70,23 +72,41 @@ def test_copies_that_come_twice_early_late_or_swapped_cost_no_token() -> None:
     assert outcome.numbers["replays"] >= 1
     assert outcome.numbers["journal.answers"] >= 1
     assert outcome.numbers["emptied"] >= 1
+    assert outcome.numbers["misanswered"] == 0 < outcome.numbers["answers.conflict"]
+
+
+def test_each_kind_of_strike_comes_once_before_any_comes_again_and_one_that_failed_comes_next() -> None:
+    kinds = Kinds(("kill", "freeze", "reset"), random.Random(4))
+    first = kinds.take()
+    kinds.put_back(first)
+    drawn = [kinds.take() for _ in range(6)]
+    assert drawn[0] == first
+    assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["freeze", "kill", "reset"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "rules"),
+    "windows",
     [
-        ("window", {Age.LOWER: HopRule.WINDOW, Age.EQUAL: HopRule.WINDOW, Age.HIGHER: HopRule.HOLD}),
-        ("window", {Age.LOWER: HopRule.IGNORE, Age.EQUAL: HopRule.WINDOW, Age.HIGHER: HopRule.WINDOW}),
+        {Age.LOWER: HopRule.WINDOW, Age.EQUAL: HopRule.WINDOW, Age.HIGHER: HopRule.HOLD},
+        {Age.LOWER: HopRule.IGNORE, Age.EQUAL: HopRule.WINDOW, Age.HIGHER: HopRule.WINDOW},
     ],
 )
-def test_a_hop_that_takes_windows_of_other_epochs_is_seen(
-    monkeypatch: pytest.MonkeyPatch, kind: str, rules: Mapping[Age, HopRule]
+def test_a_hop_that_takes_windows_of_other_epochs_or_answers_nothing_where_the_table_says_what_is_seen(
+    monkeypatch: pytest.MonkeyPatch, windows: Mapping[Age, HopRule]
 ) -> None:
-    """Texts come out right all the same, so that only what the hop did gives it away."""
-    monkeypatch.setitem(cast(dict[str, Mapping[Age, HopRule]], HOP_CELLS), kind, rules)
+    """Texts come out right all the same, so that only what the hop did, and said, gives it away."""
+    cells = cast(dict[str, Mapping[Age, HopRule]], HOP_CELLS)
+    monkeypatch.setitem(cells, "window", windows)
+    monkeypatch.setitem(cells, "reserved", dict.fromkeys(Age, HopRule.IGNORE))
     outcome = short("session-copies", 2, texts=1, copies=0.2)
     assert outcome.numbers["unasked"] >= 1
+    assert outcome.numbers["misanswered"] >= outcome.numbers["copies.hop.fork-early"] >= 1
     assert not outcome.passed
+
+
+def test_lids_that_close_paths_that_get_slow_and_disks_that_are_full_cost_no_token() -> None:
+    outcome = ran("session-worn", 1, texts=3, think_s=(6.0, 6.0), back_after_s=(2.0, 3.0), strike_drivers=0.0)
+    assert outcome.numbers["strikes.kinds"] == 3
 
 
 def test_drivers_that_die_take_their_texts_along_and_get_the_next_ones_right() -> None:
