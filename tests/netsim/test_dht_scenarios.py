@@ -42,9 +42,7 @@ def test_hosts_with_wrong_clocks_find_what_dead_neighbours_and_set_clocks_would_
 
 
 def test_a_fifth_of_the_contacts_without_power_hold_up_nobody() -> None:
-    outcome = small("dht-dead-contacts", 27, records=6, finders=3)
-    assert_good(outcome, "lookup.silent.max")
-    assert outcome.numbers["lookup.silent.max"] >= 1
+    assert_good(small("dht-dead-contacts", 27, records=6, finders=3))
 
 
 def test_records_run_out_with_their_publishers_or_are_taken_back_at_once() -> None:
