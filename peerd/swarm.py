@@ -313,9 +313,17 @@ class Swarm:
         self._busy_until = now + BUSY_FOR_S
 
     def hung_up(self, peer: bytes) -> None:
-        """The connection to ``peer`` ended: if it serves something, see at once whether it still does."""
-        if self._catalog.doubt(peer):
+        """The connection to ``peer`` ended: if it serves something, a daemon that drives sees at once whether it still does.
+
+        Others see it with their next look: dozens are connected to each server, and all of them looking at once is a herd.
+        """
+        if self._catalog.doubt(peer) and self._drives():
             self._wake.set()
+
+    def _drives(self) -> bool:
+        """Whether somebody here waits, generates, or did so lately."""
+        now = self._clock.now()
+        return now < self._busy_until or any(planned_at >= now - INTEREST_S for planned_at in self._planned_at.values())
 
     def look_now(self) -> None:
         """Refresh at once, in the background."""
