@@ -243,7 +243,7 @@ class Scenario:
     """Of one core's time; over it is a failure."""
     rss_mib_max: float | None = None
     alone: bool = False
-    """Whether no other run may share the machine with it: its figure of real time is the point."""
+    """Whether no other run may share the machine with it: its real time is the point, and counts by the clock where that is more."""
     endless: bool = False
     """Whether the workload goes on until the duration is over; another's not returning by then is a failure."""
     expected_errors: tuple[str, ...] = ()
