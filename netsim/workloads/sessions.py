@@ -128,6 +128,8 @@ class Texts:
         self._expected = _reference(told)
         self.striker = Striker(world, settings.servers, told.blocks)
         self.kinds = Kinds(settings.strikes, world.random("kinds of strikes"))
+        self.may_be_late = settings.strike_tokens is None and not settings.in_order
+        """Where nobody can be struck, whether that is tried again at each further token of the text."""
         self._happened: dict[str, None] = {}
         metrics.owed_by("strikes.kinds", (f"strikes.{kind}" for kind in settings.strikes))
         self._tokens_before = 0.0
@@ -322,15 +324,21 @@ class _Text:
             self._workload.metrics.observe("recovery_s", self._pause_s, of=self._machine.name)
             self._workload.metrics.observe(f"recovery_s.{kind}", self._pause_s, of=self._machine.name)
 
+    async def _come_to(self, token: int) -> None:
+        while self._count < token:
+            self._news.clear()
+            await self._news.wait()
+
     async def _strike_all(self) -> None:
         workload = self._workload
         for strike in self._plan:
             if strike.at_token == 0:
                 await asyncio.sleep(strike.share * 0.5)
-            while self._count < strike.at_token:
-                self._news.clear()
-                await self._news.wait()
+            await self._come_to(strike.at_token)
             struck = workload.strike(self._machine, strike)
+            while struck is None and workload.may_be_late:
+                await self._come_to(self._count + 1)
+                struck = workload.strike(self._machine, strike)
             if struck is not None:
                 self.is_struck = True
                 self._note_recovery()
