@@ -126,6 +126,8 @@ def run_seed(
     root.addHandler(handler)
     root.setLevel(handler.level)
     signatures = nullcontext() if prepared.scenario.is_noise else cheap_signatures()
+    if is_last:
+        _STANDING.append(run)
     try:
         with signatures, asyncio.Runner(loop_factory=lambda: run.loop) as runner:
             try:
@@ -135,8 +137,8 @@ def run_seed(
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
+        run.remove_files()
     if is_last:
-        _STANDING.append(run)
         gc.freeze()
     return run.outcome()
 
@@ -267,6 +269,11 @@ class _Run:
             self._world.fail(host, text)
         else:
             self._early_failures.append(text)
+
+    def remove_files(self) -> None:
+        """Also of a run that was interrupted, in a process that leaves its world standing."""
+        if self._world is not None:
+            self._world.remove_files()
 
     # --- what came of it ---
 

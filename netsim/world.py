@@ -392,6 +392,10 @@ class World:
         """Kill everything: the run is over."""
         for machine in self.machines.values():
             self.kill(machine)
+        self.remove_files()
+
+    def remove_files(self) -> None:
+        """What `directory` holds; once more does nothing. For runs that end without `close`, too."""
         if self._directory is not None:
             self._directory.cleanup()
 

@@ -122,6 +122,15 @@ class Undeclared(Quiet):
         self.metrics.count("askd")
 
 
+class Interrupted(Quiet):
+    directories: ClassVar[list[Path]] = []
+
+    async def run(self) -> None:
+        (self.world.directory / "file").write_text("of a node")
+        self.directories.append(self.world.directory)
+        raise KeyboardInterrupt
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def one(workload: type[Quiet], more: str = "", asked_min: int = 5, seed: int = 1, **options: Any) -> Outcome:
@@ -253,3 +262,9 @@ def test_an_outcome_survives_its_way_between_processes(run: Any) -> None:
     assert received.stories == outcome.stories
     assert (received.real_s, received.wall_s) == (outcome.real_s, outcome.wall_s)
     assert (received.trace_hash, received.numbers, received.passed) == (outcome.trace_hash, outcome.numbers, False)
+
+
+def test_files_of_a_run_are_gone_even_if_somebody_interrupts_it(run: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted)
+    assert [directory.exists() for directory in Interrupted.directories] == [False]
