@@ -47,15 +47,15 @@ def test_a_server_that_answers_another_call_of_the_same_id_is_seen(monkeypatch: 
         return receive(self, peer, call, known.setdefault(call, digest), channel, now)
 
     monkeypatch.setattr(CallTable, "receive", forgetful)
-    outcome = ran_with_copies()
+    outcome = ran_with_copies(batches=6)
     assert outcome.numbers["batches.wrong"] == 0
     assert outcome.numbers["unasked"] >= 1
     assert not outcome.passed
 
 
-def ran_with_copies() -> Outcome:
+def ran_with_copies(batches: int = 16) -> Outcome:
     prepared = prepare(SCENARIOS / "call-copies.toml")
     scenario = prepared.scenario
     hosts = {group: replace(told, count=HOSTS[group]) for group, told in scenario.hosts.items()}
-    settings = replace(prepared.settings, batches=16)
+    settings = replace(prepared.settings, batches=batches)
     return run_seed(replace(prepared, scenario=replace(scenario, hosts=hosts), settings=settings), 1)
