@@ -6,12 +6,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import pytest
-
-from blocks.protocol.cells import HOP_CELLS, Age, HopRule
-from netsim.copies import CELLS
 from netsim.outcome import Outcome
 from netsim.runner import prepare, run_seed
 from netsim.scenario import Bound
@@ -64,17 +60,6 @@ def test_kv_that_a_server_takes_back_is_filled_from_the_journal_before_it_and_co
     assert outcome.numbers["replays"] == 0
 
 
-def test_copies_that_come_twice_early_late_or_swapped_cost_no_token() -> None:
-    outcome = ran("session-copies", 2, checks={"cells": Bound(min=len(CELLS) + 1)}, texts=1, copies=0.2)
-    assert outcome.numbers["cells"] > len(CELLS) / 2
-    (check,) = (check for check in outcome.checks if check.metric == "cells")
-    assert len(check.culprits) == len(CELLS) - outcome.numbers["cells"] > 0, "the cells that never came are named"
-    assert outcome.numbers["replays"] >= 1
-    assert outcome.numbers["journal.answers"] >= 1
-    assert outcome.numbers["emptied"] >= 1
-    assert outcome.numbers["misanswered"] == 0 < outcome.numbers["answers.conflict"]
-
-
 def test_each_kind_of_strike_comes_once_before_any_comes_again_and_one_that_failed_comes_next() -> None:
     kinds = Kinds(("kill", "freeze", "reset"), random.Random(4))
     first = kinds.take()
@@ -82,19 +67,6 @@ def test_each_kind_of_strike_comes_once_before_any_comes_again_and_one_that_fail
     drawn = [kinds.take() for _ in range(6)]
     assert drawn[0] == first
     assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["freeze", "kill", "reset"]
-
-
-def test_a_hop_that_takes_windows_of_other_epochs_or_answers_nothing_where_the_table_says_what_is_seen(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Texts come out right all the same, so that only what the hop did, and said, gives it away."""
-    cells = cast(dict[str, Mapping[Age, HopRule]], HOP_CELLS)
-    monkeypatch.setitem(cells, "window", dict.fromkeys(Age, HopRule.WINDOW))
-    monkeypatch.setitem(cells, "reserved", dict.fromkeys(Age, HopRule.IGNORE))
-    outcome = short("session-copies", 2, texts=1, copies=0.2)
-    assert outcome.numbers["unasked"] >= 1
-    assert outcome.numbers["misanswered"] >= outcome.numbers["copies.hop.fork-early"] >= 1
-    assert not outcome.passed
 
 
 def test_lids_that_close_paths_that_get_slow_and_disks_that_are_full_cost_no_token() -> None:
