@@ -3,7 +3,8 @@
 Records come verified from the DHT; one that names another peer than its publisher is refused here. A record's life is counted from
 the first time that this very sequence was seen, so that reading it again never makes it older than it is. A lookup that misses a
 record doesn't end it: gaps of the DHT look like gaps of the swarm, and servers that believe them stampede (a known fault of Petals).
-A snapshot is immutable.
+A snapshot is immutable, and the same one until something of its model changes or expires: with a thousand servers it is asked for
+far more often than that.
 """
 
 from __future__ import annotations
@@ -81,12 +82,26 @@ class _Entry:
     misses: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A view, and the moments from ``since`` until before ``until`` that it is right for."""
+
+    view: ModelView
+    since: float
+    until: float
+
+    def holds(self, blocks: int, now: float) -> bool:
+        return self.view.blocks == blocks and self.since <= now < self.until
+
+
 class Catalog:
     """The newest record of every server and model."""
 
     def __init__(self) -> None:
         self._entries: dict[ModelId, dict[bytes, _Entry]] = {}
         self._own: dict[ModelId, SpanRecord] = {}
+        self._snapshots: dict[ModelId, _Snapshot] = {}
+        """Of models with records only."""
 
     def replace(self, model: ModelId, found: Iterable[Sighting], now: float) -> int:
         """Take what one lookup of all keys of a model brought. Returns how many sightings were refused."""
@@ -110,6 +125,8 @@ class Catalog:
         for publisher, entry in known.items():
             if publisher not in newest and entry.misses + 1 < MISSES_TO_FORGET and len(fresh) < SERVERS_PER_MODEL_MAX:
                 fresh[publisher] = replace(entry, misses=entry.misses + 1)
+        if fresh != known:
+            self._snapshots.pop(model, None)
         self._entries[model] = fresh
         return refused
 
@@ -117,6 +134,7 @@ class Catalog:
         """Drop models that nobody announces any more; our own records stay."""
         kept = set(models)
         self._entries = {model: entries for model, entries in self._entries.items() if model in kept}
+        self._snapshots = {model: snapshot for model, snapshot in self._snapshots.items() if model in kept}
 
     def doubt(self, peer: bytes) -> bool:
         """``peer`` hung up: the next lookup that misses it is enough to forget it. Returns whether it serves anything."""
@@ -130,26 +148,40 @@ class Catalog:
     def put_own(self, record: SpanRecord) -> None:
         """Our own record: it counts at once, whatever lookups still bring of it."""
         self._own[record.model] = record
+        self._snapshots.pop(record.model, None)
 
     def remove_own(self, model: ModelId) -> None:
         """Our own record goes at once, with what lookups brought of it."""
         own = self._own.pop(model, None)
         if own is not None:
             self._entries.get(model, {}).pop(own.peer, None)
+            self._snapshots.pop(model, None)
 
     def view(self, model: ModelId, blocks: int, now: float) -> ModelView:
         """A snapshot of one model."""
-        live = {peer: entry.record for peer, entry in self._entries.get(model, {}).items() if entry.until > now}
+        snapshot = self._snapshots.get(model)
+        if snapshot is None or not snapshot.holds(blocks, now):
+            snapshot = self._look(model, blocks, now)
+            if model in self._entries or model in self._own:
+                self._snapshots[model] = snapshot
+        return snapshot.view
+
+    def _look(self, model: ModelId, blocks: int, now: float) -> _Snapshot:
+        entries = {peer: entry for peer, entry in self._entries.get(model, {}).items() if entry.until > now}
+        live = {peer: entry.record for peer, entry in entries.items()}
         if (own := self._own.get(model)) is not None:
             live[own.peer] = own
         fitting = [record for record in live.values() if record.span.end <= blocks]
-        return ModelView(model, blocks, tuple(sorted(fitting, key=lambda found: (found.span, found.peer))))
+        view = ModelView(
+            model, blocks, tuple(sorted(fitting, key=lambda found: (found.span.start, found.span.end, found.peer)))
+        )
+        return _Snapshot(view, now, min((entry.until for entry in entries.values()), default=float("inf")))
 
 
 def _entry_of(sighting: Sighting, model: ModelId, known: _Entry | None, now: float) -> _Entry | None:
     """None for a record that can't be read, or that isn't about its publisher and this model."""
     if known is not None and sighting.sequence <= known.sequence:
-        return replace(known, misses=0)
+        return replace(known, misses=0) if known.misses else known
     try:
         record = decode_record(sighting.value)
     except BadRecord:

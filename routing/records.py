@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -19,6 +20,10 @@ from routing.types import MODEL_ID_BYTES, ComputeClass, ModelId, Span
 BLOCKS_PER_GROUP = 8
 BLOCKS_MAX = 4096
 RECORD_BYTES_MAX = 8192
+RECORDS_CACHED = 4096
+"""Values whose record is remembered: a renewal carries the same bytes."""
+CACHED_BYTES_MAX = 2048
+"""A server with all its neighbours takes about 1 KiB; what is larger is decoded each time."""
 ADDRESSES_MAX = 16
 ADDRESS_CHARS_MAX = 256
 NAME_CHARS_MAX = 128
@@ -87,11 +92,19 @@ def decode_record(data: bytes) -> SpanRecord:
     """Read strictly. Raises BadRecord, whatever came."""
     if len(data) > RECORD_BYTES_MAX:
         raise BadRecord("A server's record is too large.")
+    return _decode_known(data) if len(data) <= CACHED_BYTES_MAX else _decode(data)
+
+
+def _decode(data: bytes) -> SpanRecord:
     try:
         fields = msgpack.unpackb(data, max_ext_len=0, max_array_len=64, max_map_len=64)
         return _read(fields)
     except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as error:
         raise BadRecord("A server's record is malformed; it may run another version.") from error
+
+
+_decode_known = lru_cache(RECORDS_CACHED)(_decode)
+"""Records are immutable, so they may be shared; an error is never remembered."""
 
 
 def _read(fields: dict[str, Any]) -> SpanRecord:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from routing.catalog import MISSES_TO_FORGET, Catalog, ModelView, Sighting, neediest, runs
 from routing.records import SpanRecord, State
 from routing.types import ModelId, Span
@@ -97,6 +100,68 @@ def test_a_server_that_hung_up_is_forgotten_by_the_first_lookup_that_misses_it()
     assert catalog.doubt(b"leaves")
     catalog.replace(MODEL, both[:1], 3.0)
     assert catalog.view(MODEL, 8, 3.0).replicas() == (1,) * 4 + (0,) * 4
+
+
+def test_a_view_is_the_same_one_until_something_of_its_model_changes() -> None:
+    catalog = Catalog()
+    other = ModelId(b"n" * 32)
+    own, theirs = server("me", "4:8"), server("a", "0:4")
+    changes: list[Callable[[], object]] = [
+        lambda: catalog.replace(MODEL, [seen(theirs)], 0.0),
+        lambda: catalog.put_own(own),
+        lambda: catalog.replace(MODEL, [seen(replace(theirs, queue_s=1.0), 2)], 1.0),
+        lambda: catalog.remove_own(MODEL),
+        lambda: catalog.forget_others_than([]),
+    ]
+    expected = [["a"], ["a", "me"], ["a", "me"], ["a"], []]
+    before = catalog.view(MODEL, 8, 1.0)
+    for change, names in zip(changes, expected, strict=True):
+        change()
+        now = catalog.view(MODEL, 8, 1.0)
+        assert now != before
+        assert [found.peer.decode() for found in now.servers] == names
+        catalog.put_own(replace(own, model=other))
+        catalog.doubt(b"a")
+        if names:
+            catalog.forget_others_than([MODEL])
+            assert catalog.view(MODEL, 8, 1.0) is now
+        before = now
+
+
+def test_a_look_that_brings_nothing_new_leaves_the_view_as_it_is() -> None:
+    catalog = Catalog()
+    catalog.replace(MODEL, [seen(server("a", "0:4")), seen(server("b", "4:8"))], 0.0)
+    before = catalog.view(MODEL, 8, 1.0)
+    entries = dict(catalog._entries[MODEL])
+    catalog.replace(MODEL, [seen(server("b", "4:8")), seen(server("a", "0:4"))], 2.0)
+    assert catalog.view(MODEL, 8, 2.0) is before
+    assert all(catalog._entries[MODEL][peer] is entry for peer, entry in entries.items())
+
+
+def test_a_view_ends_with_the_first_record_of_it() -> None:
+    catalog = Catalog()
+    catalog.replace(MODEL, [seen(server("a", "0:4"))], 0.0)
+    catalog.replace(MODEL, [seen(server("a", "0:4")), seen(server("b", "4:8"))], 30.0)
+    both = catalog.view(MODEL, 8, 31.0)
+    assert catalog.view(MODEL, 8, 59.0) is both
+    assert [found.peer for found in catalog.view(MODEL, 8, 60.0).servers] == [b"b"]
+    assert catalog.view(MODEL, 8, 59.0).servers == both.servers, "asked for an earlier moment"
+    assert not catalog.view(MODEL, 8, 90.0).servers
+
+
+def test_a_view_of_other_blocks_is_another() -> None:
+    catalog = Catalog()
+    catalog.replace(MODEL, [seen(server("a", "0:4")), seen(server("b", "4:8"))], 0.0)
+    assert [len(catalog.view(MODEL, blocks, 1.0).servers) for blocks in (8, 4, 8)] == [2, 1, 2]
+
+
+def test_views_of_models_that_nobody_knows_are_not_kept() -> None:
+    catalog = Catalog()
+    for number in range(3):
+        assert not catalog.view(ModelId(bytes([number]) * 32), 8, 1.0).servers
+    catalog.put_own(server("me", "4:8"))
+    catalog.view(MODEL, 8, 1.0)
+    assert list(catalog._snapshots) == [MODEL]
 
 
 def test_replicas_count_states_apart() -> None:

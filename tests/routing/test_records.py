@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from routing.errors import BadRecord
-from routing.records import ADDRESSES_MAX, BLOCKS_PER_GROUP, MANIFESTS_KEY, SpanRecord, State, decode_record, span_keys
+from routing.records import (
+    ADAPTERS_MAX,
+    ADDRESSES_MAX,
+    BLOCKS_PER_GROUP,
+    CACHED_BYTES_MAX,
+    MANIFESTS_KEY,
+    NAME_CHARS_MAX,
+    NEIGHBOURS_MAX,
+    RECORD_BYTES_MAX,
+    RECORDS_CACHED,
+    SpanRecord,
+    State,
+    _decode_known,
+    decode_record,
+    span_keys,
+)
 from routing.types import ModelId, Span
 from tests.routing.servers import FLOAT32, MODEL, server
 
@@ -55,6 +72,30 @@ def test_a_field_out_of_bounds_is_refused(field: str, value: object) -> None:
 def test_room_that_nobody_measured_is_not_no_room() -> None:
     assert decode_record(server("a", "0:4").encode()).free_tokens is None
     assert decode_record(server("a", "0:4", free_tokens=0).encode()).free_tokens == 0
+
+
+def test_the_same_bytes_are_one_record_and_bad_ones_are_refused_every_time() -> None:
+    data = FULL.encode()
+    assert decode_record(data) is decode_record(bytes(bytearray(data)))
+    for bad in (b"junk", data[:-1], bytes(RECORD_BYTES_MAX + 1)):
+        for _ in range(3):
+            with pytest.raises(BadRecord):
+                decode_record(bad)
+
+
+def test_records_that_are_remembered_are_short_and_bounded_in_number() -> None:
+    long = replace(FULL, adapters=("x" * NAME_CHARS_MAX,) * ADAPTERS_MAX).encode()
+    assert len(long) > CACHED_BYTES_MAX
+    before = _decode_known.cache_info()
+    assert decode_record(long) == decode_record(long)
+    assert _decode_known.cache_info() == before
+    assert before.maxsize == RECORDS_CACHED
+
+
+def test_a_server_with_all_its_neighbours_is_remembered() -> None:
+    neighbours = tuple((bytes([n]) * 38, 0.5) for n in range(NEIGHBOURS_MAX))
+    addresses = tuple(f"/ip4/100.100.100.{n}/udp/40000/quic-v1" for n in range(8))
+    assert len(replace(FULL, addresses=addresses, neighbour_rtts=neighbours).encode()) <= CACHED_BYTES_MAX
 
 
 def test_the_largest_record_fits() -> None:
