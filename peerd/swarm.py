@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from blocks.model.identity import Manifest
 from blocks.model.source import block_count
+from overlay.dht.following import FollowedKey
 from overlay.dht.node import Dht
 from overlay.dht.records import Record
 from overlay.errors import Blame, PeerdError
@@ -34,9 +35,13 @@ log = logging.getLogger(__name__)
 
 BUSY_REFRESH_S = 2.0
 IDLE_REFRESH_S = 10.0
+IDLE_REFRESH_MAX_S = 20.0
+IDLE_SERVERS = 100
+"""Where more servers are known than these, each idle daemon looks less often: somebody sees a gap as soon."""
 BUSY_FOR_S = 15.0
 MANIFESTS_EVERY_S = 8.0
 """Manifests are larger than records and change less."""
+MANIFESTS_IDLE_S = 60.0
 FRESH_S = 3.0
 """Blocks that nobody serves are said to be so on the word of a look no older than this."""
 INTEREST_S = 120.0
@@ -90,7 +95,9 @@ class Swarm:
         self._block_counts: dict[ModelId, int] = {}
         self._own: dict[ModelId, SpanRecord] = {}
         self._planned_at: dict[ModelId, float] = {}
+        self._seen_at: dict[ModelId, float] = {}
         self._looked_at: dict[ModelId, float] = {}
+        """Of thorough looks: that blocks are served by nobody is said on the word of these."""
         self._manifests_at = float("-inf")
         self._local_names: dict[str, frozenset[ModelId]] = {}
         self._read_manifests: dict[tuple[bytes, bytes, int], Manifest | None] = {}
@@ -101,6 +108,9 @@ class Swarm:
         self._changed_event = asyncio.Event()
         self._refreshing = asyncio.Lock()
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._followed: dict[bytes, FollowedKey] = {}
+        self._thorough = False
+        self._claims: dict[ModelId, tuple[tuple[Manifest, bytes], ...]] = {}
         self._expected: set[ModelId] = set()
         self._seen: object = None
 
@@ -190,6 +200,10 @@ class Swarm:
             self._catalog.remove_own(model)
             self._notify()
 
+    def manifest_claims(self, model: ModelId) -> tuple[tuple[Manifest, bytes], ...]:
+        """What others publish as the manifest of a model of ours, and who, as of the last look."""
+        return self._claims.get(model, ())
+
     def put_own_manifest(self, manifest: Manifest) -> None:
         self._own_manifests[manifest.model] = manifest
         self.learn_name(manifest.name, manifest.model)
@@ -210,26 +224,36 @@ class Swarm:
         """Refresh for ever."""
         while True:
             await self._look()
-            wait_s = BUSY_REFRESH_S if self._clock.now() < self._busy_until else IDLE_REFRESH_S
-            if not self._models:
-                wait_s = BUSY_REFRESH_S
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(self._pause_s()):
                     await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()
 
+    def _pause_s(self) -> float:
+        """Until the next look, if nobody asks for one before."""
+        if self._is_busy() or not self._models:
+            return BUSY_REFRESH_S
+        known = max(len(self.view(model).servers) for model in self._block_counts) if self._block_counts else 0
+        return min(IDLE_REFRESH_MAX_S, IDLE_REFRESH_S * max(1.0, known / IDLE_SERVERS))
+
+    def _is_busy(self) -> bool:
+        return self._clock.now() < self._busy_until
+
     async def refresh(self) -> None:
-        """Look at manifests and records now; concurrent callers do so one after the other."""
+        """Look at manifests and records now, and thoroughly; concurrent callers do so one after the other."""
         self._manifests_at = float("-inf")
+        self._thorough = True
         await self._look()
 
     async def _look(self) -> None:
         async with self._refreshing:
-            if self._clock.now() - self._manifests_at >= MANIFESTS_EVERY_S or not self._models:
-                await self._refresh_manifests()
-            await asyncio.gather(*(self._refresh_model(model) for model in self._due_models()))
+            thorough, self._thorough = self._thorough, False
+            every_s = MANIFESTS_EVERY_S if self._is_busy() else MANIFESTS_IDLE_S
+            if self._clock.now() - self._manifests_at >= every_s or not self._models:
+                await self._refresh_manifests(thorough=thorough)
+            await asyncio.gather(*(self._refresh_model(model, thorough=thorough) for model in self._due_models()))
         seen = (tuple(sorted(self._models)), tuple(self.view(model).servers for model in sorted(self._models)))
         if seen != self._seen:
             self._seen = seen
@@ -249,23 +273,28 @@ class Swarm:
         since = self._clock.now() - INTEREST_S
         mine = [model for model in self._block_counts if self._matters(model, since)]
         others = [model for model in self._models if not self._matters(model, since)]
-        others.sort(key=lambda model: (self._looked_at.get(model, float("-inf")), model))
+        others.sort(key=lambda model: (self._seen_at.get(model, float("-inf")), model))
         return [*sorted(mine), *others[:OTHERS_PER_REFRESH]]
 
     def _matters(self, model: ModelId, since: float) -> bool:
         return model in self._own or model in self._expected or self._planned_at.get(model, float("-inf")) >= since
 
-    async def _refresh_manifests(self) -> None:
+    async def _refresh_manifests(self, *, thorough: bool) -> None:
         started = self._clock.now()
         read: dict[tuple[bytes, bytes, int], Manifest | None] = {}
         found: dict[ModelId, list[tuple[Manifest, bytes]]] = {}
-        for record in await self._dht.get(MANIFESTS_KEY):
+        for record in await self._follow(MANIFESTS_KEY).read(thorough=thorough):
             name = (*record.name, record.sequence)
             manifest = read[name] = self._read_manifests[name] if name in self._read_manifests else _manifest_of(record)
             if manifest is not None and (manifest.model in found or len(found) < MANIFESTS_MAX):
                 found.setdefault(manifest.model, []).append((manifest, record.publisher.multihash))
         self._read_manifests = read
         self._models = {model: _agreed(claims) for model, claims in found.items()}
+        own = self._host.peer_id.multihash
+        self._claims = {
+            model: tuple((manifest, peer) for manifest, peer in found.get(model, ()) if peer != own)
+            for model in self._own_manifests
+        }
         self._block_counts.update({model: known.blocks for model, known in self._models.items()})
         for manifest in self._own_manifests.values():
             self._add_manifest(manifest, self._host.peer_id.multihash)
@@ -277,20 +306,32 @@ class Swarm:
         since = self._clock.now() - INTEREST_S
         kept = [model for model in self._block_counts if model in self._models or self._matters(model, since)]
         self._block_counts = {model: self._block_counts[model] for model in kept}
-        for table in (self._planned_at, self._looked_at):
+        for table in (self._planned_at, self._looked_at, self._seen_at):
             for model in [model for model in table if model not in self._block_counts]:
                 del table[model]
+        keys = {MANIFESTS_KEY: None}
+        for model in kept:
+            keys |= dict.fromkeys(span_keys(model, Span(0, self._block_counts[model])))
+        self._followed = {key: followed for key, followed in self._followed.items() if key in keys}
         self._catalog.forget_others_than(kept)
 
-    async def _refresh_model(self, model: ModelId) -> None:
+    async def _refresh_model(self, model: ModelId, *, thorough: bool) -> None:
         keys = span_keys(model, Span(0, self._block_counts[model]))
-        answers = await asyncio.gather(*(self._lookup(key) for key in keys))
+        answers = await asyncio.gather(*(self._read(key, thorough=thorough) for key in keys))
         self._catalog.replace(model, _sightings(itertools.chain.from_iterable(answers)), self._clock.now())
-        self._looked_at[model] = self._clock.now()
+        self._seen_at[model] = self._clock.now()
+        if thorough:
+            self._looked_at[model] = self._clock.now()
 
-    async def _lookup(self, key: bytes) -> tuple[Record, ...]:
+    async def _read(self, key: bytes, *, thorough: bool) -> tuple[Record, ...]:
         async with self._lookups:
-            return await self._dht.get(key)
+            return await self._follow(key).read(thorough=thorough)
+
+    def _follow(self, key: bytes) -> FollowedKey:
+        followed = self._followed.get(key)
+        if followed is None:
+            followed = self._followed[key] = self._dht.follow(key)
+        return followed
 
     def _notify(self) -> None:
         changed, self._changed_event = self._changed_event, asyncio.Event()
@@ -353,6 +394,7 @@ class Swarm:
         try:
             return plan_route(view, self.name_of(model), question, costs, self.health, now)
         except BlocksUnserved as error:
+            self._thorough = True
             self._wake.set()
             if not self._is_fresh(model):
                 raise BlocksPending(self.name_of(model), error.spans) from error

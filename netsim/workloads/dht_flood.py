@@ -27,6 +27,7 @@ from netsim.metrics import Metrics
 from netsim.workloads.dht import COMMON_METRICS, DhtScene, Published, peer_of
 from netsim.world import HostDied, Machine, World
 from overlay.dht import limits
+from overlay.dht.pages import Entry
 from overlay.dht.records import DOMAIN, Record, encode_record, location_of
 from overlay.dht.store import Put, RecordStore
 from overlay.dht.table import Contact, node_id_of
@@ -78,8 +79,9 @@ class LiarsStore(RecordStore):
         super().__init__()
         self.lies: dict[bytes, Sequence[Record]] = {}
 
-    def get(self, key: bytes, now: float) -> tuple[Record, ...]:
-        return (*self.lies.get(key, ()), *super().get(key, now))
+    def newer(self, key: bytes, serial: int, now: float) -> list[Entry]:
+        lies = [Entry(record, 0, float(record.ttl_s)) for record in self.lies.get(key, ())]
+        return [*lies, *super().newer(key, serial, now)]
 
 
 class Flood(DhtScene[FloodSettings]):

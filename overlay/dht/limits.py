@@ -22,7 +22,9 @@ CACHED_RECORD_BYTES_MAX = 2 << 10
 """Read forms of records that are kept, of those that aren't longer: at most 20 MB, a few in a usual swarm."""
 
 # --- what a holder keeps ---
-RECORDS_PER_KEY_MAX = 256
+RECORDS_PER_KEY_MAX = 1024
+BYTES_PER_KEY_MAX = 4 << 20
+"""A thousand servers of a model, each with a record of a kilobyte, under one of its keys: and no key takes a tenth of the store."""
 RECORDS_PER_PUBLISHER_MAX = 1024
 STORE_BYTES_MAX = 64 << 20
 RECORD_OVERHEAD_BYTES = 512
@@ -69,7 +71,16 @@ CORRECTED_RECORDS_MAX = 16
 FOREIGN_CHECKS_AT_ONCE = 8
 
 # --- calls ---
-MESSAGE_BYTES_MAX = RECORDS_PER_KEY_MAX * RECORD_BYTES_MAX + (64 << 10)
+LIFE_BYTES = 8
+CURSOR_BYTES_MAX = 32
+PAGE_RECORDS = 256
+PAGE_BYTES = 256 << 10
+"""Of records in one answer, or a single one: a tenth of a second of a home's uplink. What is left follows when it is asked for."""
+PAGES_MAX = 16
+"""Of one holder, in one go."""
+ANSWER_RECORDS_MAX = 768
+"""Of peers that know no pages."""
+MESSAGE_BYTES_MAX = 256 * RECORD_BYTES_MAX + (64 << 10)
 STORE_RECORDS_MAX = 100
 RPC_TIMEOUT_MIN_S = 1.0
 """Added to three round trips: either side may do nothing for half a second, with processors as busy as a swarm's are."""
@@ -99,5 +110,21 @@ LOST_MAX = 64
 LOST_RETRY_S = 60.0
 LOST_RETRIES = 2
 """Contacts that vanished are tried again, so many at a time: it may have been the network that broke in two."""
+
+# --- neighbourhoods of keys, and keys that are followed ---
 LOCATED_S = 300.0
-"""The holders of a record are offered its renewals without looking for nearer ones, for so long."""
+"""The nodes nearest to a key are asked, and offered renewals, without looking for nearer ones, for so long."""
+LOCATED_LONELY_S = 30.0
+"""Where there were fewer than `KSIZE` of them."""
+RELOCATE_S = 10.0
+"""The least between two lookups of one neighbourhood, however often it seems to have changed."""
+NEIGHBOURHOODS_MAX = 1024
+NEAR = 5
+"""So many nodes a known holder names: one among them that nobody named before shows that the neighbourhood changed."""
+READ_HOLDERS = 4
+READ_HOLDERS_THOROUGH = 10
+"""Where blocks seem to be missing: half of `KSIZE`, as a lookup asks."""
+ROTATE_S = 60.0
+"""So often another holder takes the place of one that is read: none can hide a record for long."""
+CORRECTED_AFTER_S = 10.0
+"""A record younger than this may still be on its way to a holder that lacks it."""

@@ -27,6 +27,10 @@ class Found:
 
     contacts: tuple[Contact, ...]
     records: tuple[Record, ...] = ()
+    left_s: tuple[float, ...] = ()
+    """Of each record, how many seconds the peer will still hold it, as it says; at most the record's own time to live."""
+    cursor: bytes = b""
+    """For the same peer, to be told only what is newer the next time; empty from one that knows none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,13 @@ class LookupReport:
     requests: int
     failures: int
     hops: int
+
+
+def patience_of(waited_s: Sequence[float]) -> float:
+    """How long a request may hold others up, after answers that took ``waited_s``."""
+    if len(waited_s) < limits.PATIENCE_SAMPLES:
+        return limits.PATIENCE_S
+    return min(limits.PATIENCE_MAX_S, max(limits.PATIENCE_MIN_S, limits.PATIENCE_TIMES_MEDIAN * median(waited_s)))
 
 
 class LookupProtocol(Protocol):
@@ -125,13 +136,14 @@ class NodeLookup(SpiderCrawl):
         """Those that kept the lookup waiting to its end."""
         return [node for node in self.nearest.by_distance() if node.id in self._late]
 
+    def named(self) -> list[bytes]:
+        """Ids that came up near the target, those that failed too; bounded by `CANDIDATES_MAX` and the requests."""
+        return [*(node.id for node in self.nearest.by_distance()), *self._failed]
+
     @property
     def patience_s(self) -> float:
         """How long a request may hold up the lookup."""
-        if len(self._waited_s) < limits.PATIENCE_SAMPLES:
-            return limits.PATIENCE_S
-        usual = limits.PATIENCE_TIMES_MEDIAN * median(self._waited_s)
-        return min(limits.PATIENCE_MAX_S, max(limits.PATIENCE_MIN_S, usual))
+        return patience_of(self._waited_s)
 
     def _pass_over(self, running: Sequence[_Asked], now: float) -> float:
         """Note whose time is over; returns after how many seconds there may be more of them."""

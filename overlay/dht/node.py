@@ -19,8 +19,11 @@ from kademlia.node import Node
 from overlay.connection import Connection
 from overlay.dht import limits
 from overlay.dht.acquaintances import Acquaintances
+from overlay.dht.following import FollowedKey
 from overlay.dht.freshness import NEVER, Freshness, id_in_part
 from overlay.dht.lookup import Found, LookupReport, NodeLookup, ValueLookup
+from overlay.dht.neighbourhoods import Neighbourhoods
+from overlay.dht.pages import Page, last_page, page_after, read_cursor
 from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
 from overlay.dht.records import Record, RecordName, location_of, merge
@@ -76,6 +79,9 @@ class Dht:
         self._store = RecordStore()
         self._rate = StoreRate()
         self._publications = Publications(host.identity)
+        self._neighbourhoods = Neighbourhoods(self.config.ksize)
+        self._life = ports.randomness.token(limits.LIFE_BYTES)
+        self._salt = ports.randomness.token(limits.LIFE_BYTES)
         self._protocol = DhtProtocol(host, self, exempt_private=self.config.exempt_private)
         self._tasks: asyncio.TaskGroup | None = None
         self._upkeep: asyncio.Task[None] | None = None
@@ -193,6 +199,12 @@ class Dht:
         self._freshness.looked_for_self(nearest, self._now())
         self._wake.set()
 
+    def _lookup_for(
+        self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA
+    ) -> NodeLookup:
+        start = self._table.find_neighbors(target, self.config.ksize)
+        return NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max, at_once)
+
     async def _closest_to(
         self,
         target: Node,
@@ -200,8 +212,7 @@ class Dht:
         at_once: int = limits.ALPHA,
         answers: Sequence[Answer] = (),
     ) -> list[Contact]:
-        start = self._table.find_neighbors(target, self.config.ksize)
-        lookup = NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max, at_once)
+        lookup = self._lookup_for(target, requests_max, at_once)
         for contact, found in answers:
             lookup.begin_with(contact, found)
         closest = await lookup.find()
@@ -232,6 +243,10 @@ class Dht:
             return
         await self._replicate(self._set(key, subkey, b"", before.record.ttl_s))
 
+    def abandon(self, key: bytes, subkey: bytes) -> None:
+        """Renew a record no more: its holders forget it at the end of its life. Costs no message, unlike `withdraw`."""
+        self._publications.abandon(key, subkey)
+
     def _set(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> Publication:
         return self._publications.set(key, subkey, value, ttl_s, self._now(), self._ports.wall_clock.now_s())
 
@@ -242,43 +257,82 @@ class Dht:
     async def _replicate(self, publication: Publication) -> None:
         """Offer a record to the closest nodes; whatever newer value came meanwhile is offered at the next upkeep."""
         publication.due = self._now() + limits.LOOKUP_S
-        contacts = await self._holders_for(publication)
-        record = publication.record
-        outcomes = await asyncio.gather(*(self._protocol.call_store(contact, [record]) for contact in contacts))
+        await self._offer(publication, await self.nearest_to(Node(publication.location)))
+
+    async def _offer(self, publication: Publication, contacts: Sequence[Contact]) -> None:
+        record, place = publication.record, Node(publication.location)
+        answers = await asyncio.gather(*(self._protocol.call_store(contact, [record], place) for contact in contacts))
         holders = []
-        for contact, answer in zip(contacts, outcomes, strict=True):
-            if answer and answer[0][0] in (Put.STORED, Put.UNCHANGED):
+        for contact, answer in zip(contacts, answers, strict=True):
+            if answer is None:
+                self._neighbourhoods.lost(place.id, contact)
+                self._neighbourhoods.changed(place.id)  # somebody is missing: look again before the next offer
+                continue
+            self._neighbourhoods.named(place.id, answer.contacts)
+            outcome, held = answer.outcomes[0]
+            if outcome in (Put.STORED, Put.UNCHANGED):
                 holders.append(contact)
-            elif answer and answer[0][0] is Put.STALE:
-                self._publications.overtaken(answer[0][1])
-        if len(holders) < len(contacts):
-            publication.located = float("-inf")  # somebody is missing: look again before the next offer
-        self._publications.offered(publication, holders, self._now())
+            elif outcome is Put.STALE:
+                self._publications.overtaken(held)
+        outcomes = [answer.outcomes[0][0] for answer in answers if answer is not None]
+        is_full = bool(outcomes) and all(outcome is Put.FULL for outcome in outcomes)
+        self._publications.offered(publication, holders, self._now(), is_full=is_full)
         self._wake.set()
 
-    async def _holders_for(self, publication: Publication) -> Sequence[Contact]:
-        known = self._publications.known_nearest(publication, self._now())
+    async def nearest_to(self, target: Node, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
+        """The nodes nearest to ``target``: as they were found not long ago, or by a lookup."""
+        known = self._neighbourhoods.members(target.id, self._now(), fresh_s)
         if known:
             return known
-        found = await self._closest_to(Node(publication.location))
-        if len(found) >= self.config.ksize:
-            self._publications.located(publication, found, self._now())
-        return found
+        lookup = self._lookup_for(target)
+        found = await lookup.find()
+        self._looked(lookup)
+        self._neighbourhoods.located(target.id, found, lookup.named(), self._now())
+        for publication, lacking in self._publications.lacked_by(target.id, found):
+            record = publication.record
+            self._spawn(f"publish {record.key.hex()} {record.subkey.hex()}", self._fill_up(publication, lacking))
+        return tuple(found)
+
+    async def _fill_up(self, publication: Publication, lacking: Sequence[Contact]) -> None:
+        """The neighbourhood of a record of ours is another one now: its new members get it at once."""
+        for contact in lacking:
+            answer = await self._protocol.call_store(contact, [publication.record])
+            if answer is not None and answer.outcomes[0][0] in (Put.STORED, Put.UNCHANGED):
+                self._publications.handed_over(publication, contact)
 
     async def _hand_over(self, contact: Contact) -> None:
         """Give a new contact those of our records that it is near enough to hold."""
         wanted = self._publications.wanted_by(contact, self.config.ksize)
         if not wanted:
             return
-        answers = await self._protocol.call_store(contact, [entry.record for entry in wanted])
-        for entry, (outcome, _) in zip(wanted, answers, strict=False):
+        answer = await self._protocol.call_store(contact, [entry.record for entry in wanted])
+        for entry, (outcome, _) in zip(wanted, answer.outcomes if answer is not None else (), strict=False):
             if outcome in (Put.STORED, Put.UNCHANGED):
                 self._publications.handed_over(entry, contact)
 
     # --- reading ---
 
+    def follow(self, key: bytes) -> FollowedKey:
+        """For a key that is read again and again."""
+        return FollowedKey(key, self, self._salt, self._now)
+
+    async def ask_for(self, contact: Contact, key: bytes, since: bytes) -> Found | None:
+        """One holder's part of a followed key."""
+        place = location_of(key)
+        found = await self._protocol.call_find_value(contact, key, Node(place), since, limits.NEAR)
+        if found is None:
+            self._neighbourhoods.lost(place, contact)
+        else:
+            self._neighbourhoods.named(place, found.contacts)
+        return found
+
+    def correct(self, contact: Contact, records: Sequence[Record]) -> None:
+        """Tell a holder what it lacks; it takes it from its publisher."""
+        work = self._correct(contact, list(records))
+        self._spawn(f"correct {contact.id.hex()}", work, "correct ", limits.FOREIGN_CHECKS_AT_ONCE)
+
     async def get(self, key: bytes) -> tuple[Record, ...]:
-        """Live records of a key: verified, merged, in a fixed order; ours and those we hold are among them."""
+        """Live records of a key, asked for once: verified, merged, in a fixed order; ours and those we hold are among them."""
         target = Node(location_of(key))
         start = self._table.find_neighbors(target, self.config.ksize)
         lookup = ValueLookup(self._protocol, key, target, start, self.config.ksize, self._self.id)
@@ -289,8 +343,7 @@ class Dht:
             self.on_lookup(lookup.report)
         merge(lookup.merged, self.records_of(key))
         for contact, records in lookup.corrections():
-            work = self._correct(contact, records)
-            self._spawn(f"correct {contact.id.hex()}", work, "correct ", limits.FOREIGN_CHECKS_AT_ONCE)
+            self.correct(contact, records)
         live = [record for record in lookup.merged.values() if not record.is_withdrawn]
         return tuple(sorted(live, key=lambda record: record.name))
 
@@ -325,6 +378,13 @@ class Dht:
     def held(self, key: bytes) -> tuple[Record, ...]:
         """What this node holds for others under a key."""
         return self._store.get(key, self._now())
+
+    def page_of(self, key: bytes, since: bytes | None) -> Page:
+        """What an asker with that cursor hasn't been told; see `overlay.dht.pages`."""
+        cursor, now = read_cursor(since or b"", self._life), self._now()
+        published = self._publications.newer(key, cursor.published, now)
+        stored = self._store.newer(key, cursor.stored, now)
+        return (last_page if since is None else page_after)(cursor, published, stored)
 
     def records_of(self, key: bytes) -> list[Record]:
         """What we publish and what we hold, merged."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from kademlia.node import Node
 
 from overlay.dht import limits
 from overlay.dht.lookup import Found
+from overlay.dht.pages import Page
 from overlay.dht.records import Record, decode_records, encode_records
 from overlay.dht.store import Put
 from overlay.dht.table import Contact, group_of, node_id_of
@@ -31,11 +33,21 @@ DHT = "/peerd/dht/1"
 RECORDS_PART = "records"
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A validated answer to a store: the outcome and the held sequence of each record, and nodes near their place."""
+
+    outcomes: tuple[tuple[Put, int], ...]
+    contacts: tuple[Contact, ...]
+
+
 class DhtPeer(Protocol):
     """What the wire asks of the node behind it."""
 
     def closest(self, target: Node, asker: PeerId) -> list[Contact]: ...
-    def records_of(self, key: bytes) -> Sequence[Record]: ...
+    def page_of(self, key: bytes, since: bytes | None) -> Page:
+        """What we publish and hold under a key, after the cursor that an asker brought; None from one that knows no pages."""
+
     def offer(self, record: Record | None, sender: PeerId) -> tuple[Put, int]: ...
     def heard_from(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
         """An authenticated request came in; ``addresses``: where it says that it serves the DHT, none of a client."""
@@ -91,14 +103,25 @@ class DhtProtocol:
         if not isinstance(target, bytes) or len(target) != limits.ID_BYTES:
             raise ProtocolViolation("A DHT request names no target.")
         self._heard_from(peer, request)
-        packed = encode_records(self._peer.records_of(key))
-        return Message("value", {"nodes": self._describe(target, peer)}, (_records_part(packed),))
+        since = request.header.get("since")
+        page = self._peer.page_of(key, since if isinstance(since, bytes) else None)
+        header = {
+            "nodes": self._describe(target, peer, _count_of(request)),
+            "cursor": page.cursor.encode(),
+            "left": page.left_s,
+            "more": page.more,
+        }
+        return Message("value", header, (_records_part(encode_records(page.records)),))
 
     async def _answer_store(self, peer: PeerId, request: Message) -> Message:
         self._heard_from(peer, request)
         records = decode_records(_records_bytes(request), limits.STORE_RECORDS_MAX)
         outcomes = [self._peer.offer(record, peer) for record in records]
-        return Message("stored", {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]})
+        header: dict[str, Any] = {"outcomes": [[outcome.value, sequence] for outcome, sequence in outcomes]}
+        target = request.header.get("target")
+        if isinstance(target, bytes) and len(target) == limits.ID_BYTES:
+            header["nodes"] = self._describe(target, peer, _count_of(request))
+        return Message("stored", header)
 
     def stop(self) -> None:
         """Answer no more, and say so by naming no address."""
@@ -109,8 +132,11 @@ class DhtProtocol:
         contact = self._read_node([peer.multihash, request.header.get("at")], trusts_private=self.trusts_private(peer))
         self._peer.heard_from(peer, () if contact is None else contact.addresses)
 
-    def _describe(self, target: bytes, asker: PeerId) -> list[tuple[bytes, tuple[bytes, ...]]]:
-        return [(contact.peer.multihash, _written(contact)) for contact in self._peer.closest(Node(target), asker)]
+    def _describe(
+        self, target: bytes, asker: PeerId, count: int = limits.KSIZE
+    ) -> list[tuple[bytes, tuple[bytes, ...]]]:
+        near = self._peer.closest(Node(target), asker)[:count]
+        return [(contact.peer.multihash, _written(contact)) for contact in near]
 
     # --- calls ---
 
@@ -123,27 +149,54 @@ class DhtProtocol:
         answer = await self._call(contact, Message("find_node", {"target": target.id}), timeout_s)
         return None if answer is None else Found(self._read_nodes(answer.header, contact.peer))
 
-    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
-        """What the peer holds under ``key``, and nodes nearer to it."""
-        answer = await self._call(contact, Message("find_value", {"key": key, "target": target.id}))
-        if answer is None:
-            return None
-        try:
-            entries = decode_records(_records_bytes(answer), limits.RECORDS_PER_KEY_MAX + limits.PUBLISHED_MAX)
-        except ProtocolViolation as error:
-            self._peer.call_ended(contact, error)
-            return None
-        records = tuple(record for record in entries if record is not None and record.key == key)
-        return Found(self._read_nodes(answer.header, contact.peer), records)
+    async def call_find_value(
+        self, contact: Contact, key: bytes, target: Node, since: bytes = b"", near: int = limits.KSIZE
+    ) -> Found | None:
+        """What the peer has under ``key`` after the cursor ``since``, and the ``near`` nodes nearest to it, page by page."""
+        found: Found | None = None
+        for _ in range(limits.PAGES_MAX):
+            header: dict[str, Any] = {"key": key, "target": target.id, "count": near, "since": since}
+            answer = await self._call(contact, Message("find_value", header))
+            if answer is None:
+                break
+            try:
+                page = self._read_value(answer, key, contact.peer)
+            except ProtocolViolation as error:
+                self._peer.call_ended(contact, error)
+                break
+            found = page if found is None else _together(found, page)
+            if answer.header.get("more") is not True or not page.cursor or page.cursor == since:
+                break
+            since, near = page.cursor, 0
+        return found
 
-    async def call_store(self, contact: Contact, records: Sequence[Record]) -> list[tuple[Put, int]]:
-        """One outcome and held sequence per record; empty when the peer didn't answer."""
+    def _read_value(self, answer: Message, key: bytes, source: PeerId) -> Found:
+        entries = decode_records(_records_bytes(answer), limits.ANSWER_RECORDS_MAX)
+        left = answer.header.get("left")
+        lives = left if isinstance(left, list) and len(left) == len(entries) else [None] * len(entries)
+        good = [
+            (record, life)
+            for record, life in zip(entries, lives, strict=True)
+            if record is not None and record.key == key
+        ]
+        cursor = answer.header.get("cursor")
+        return Found(
+            self._read_nodes(answer.header, source),
+            tuple(record for record, _ in good),
+            tuple(_life_of(record, life) for record, life in good),
+            cursor if isinstance(cursor, bytes) and len(cursor) <= limits.CURSOR_BYTES_MAX else b"",
+        )
+
+    async def call_store(self, contact: Contact, records: Sequence[Record], near: Node | None = None) -> Stored | None:
+        """One outcome and held sequence per record; None when the peer didn't answer. With ``near`` it names nodes near there."""
         part = _records_part(encode_records(records))
-        answer = await self._call(contact, Message("store", {}, (part,)))
+        header = {} if near is None else {"target": near.id, "count": limits.NEAR}
+        answer = await self._call(contact, Message("store", header, (part,)))
         listed = None if answer is None else answer.header.get("outcomes")
-        if not isinstance(listed, list) or len(listed) != len(records):
-            return []
-        return [_read_outcome(entry) for entry in listed]
+        if answer is None or not isinstance(listed, list) or len(listed) != len(records):
+            return None
+        outcomes = tuple(_read_outcome(entry) for entry in listed)
+        return Stored(outcomes, self._read_nodes(answer.header, contact.peer))
 
     async def _call(self, contact: Contact, message: Message, timeout_s: float | None = None) -> Message | None:
         self.calls += 1
@@ -259,6 +312,21 @@ def _written(contact: Contact) -> tuple[bytes, ...]:
 def is_gone(error: PeerdError) -> bool:
     """Whether an error says that the peer is no DHT server now, rather than that it was slow once."""
     return isinstance(error, DialError | ProtocolRefused | ProtocolViolation)
+
+
+def _count_of(request: Message) -> int:
+    """How many nodes an asker wants to be named."""
+    count = request.header.get("count")
+    return count if type(count) is int and 0 <= count <= limits.KSIZE else limits.KSIZE
+
+
+def _life_of(record: Record, left: object) -> float:
+    """What a holder says of a record's life, within what its publisher gave it."""
+    return float(min(left, record.ttl_s)) if type(left) is int and left > 0 else float(record.ttl_s)
+
+
+def _together(first: Found, then: Found) -> Found:
+    return Found(first.contacts, (*first.records, *then.records), (*first.left_s, *then.left_s), then.cursor)
 
 
 def _records_part(packed: bytes) -> Part:

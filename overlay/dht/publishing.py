@@ -6,9 +6,11 @@ than the farthest holder gets it too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from overlay.dht import limits
+from overlay.dht.pages import Entry
 from overlay.dht.records import Record, location_of, seal_record
 from overlay.dht.table import Contact
 from overlay.errors import LimitExceeded
@@ -25,13 +27,19 @@ class Publication:
     holders: dict[bytes, int] = field(default_factory=dict)
     """Node ids that took this very record, and their distance to the key."""
     ever_offered: bool = False
-    nearest: tuple[Contact, ...] = ()
-    """The closest nodes to its key, as they were at ``located``."""
-    located: float = float("-inf")
+    is_abandoned: bool = False
+    """Not to be renewed."""
+    serial: int = 0
+    """Of all values that this node set: what is newer has the higher one."""
 
     @property
     def location(self) -> bytes:
         return location_of(self.record.key)
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is over at ``expires``, and not renewed before."""
+        return self.record.is_withdrawn or self.is_abandoned
 
 
 class Publications:
@@ -41,6 +49,7 @@ class Publications:
         self._identity = identity
         self._entries: dict[tuple[bytes, bytes], Publication] = {}
         self._last_sequence = 0
+        self._serial = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -54,14 +63,19 @@ class Publications:
         self._last_sequence = max(self._last_sequence + 1, int(wall_s * 1000))
         record = seal_record(self._identity, key, subkey, self._last_sequence, life_s, value)
         before = self._entries.get(name)
-        publication = Publication(record, now, now + life_s, ever_offered=before is not None)
-        if before is not None:
-            publication.nearest, publication.located = before.nearest, before.located
+        self._serial += 1
+        publication = Publication(record, now, now + life_s, ever_offered=before is not None, serial=self._serial)
         self._entries[name] = publication
         return publication
 
     def get(self, key: bytes, subkey: bytes) -> Publication | None:
         return self._entries.get((key, subkey))
+
+    def abandon(self, key: bytes, subkey: bytes) -> None:
+        """Renew it no more; holders forget it at the end of its life, and until then it can be withdrawn."""
+        entry = self._entries.get((key, subkey))
+        if entry is not None:
+            entry.is_abandoned = True
 
     def is_current(self, publication: Publication) -> bool:
         """Whether no newer value replaced it."""
@@ -72,21 +86,40 @@ class Publications:
         """A holder has a later record of ours, from before our wall clock was set back: go on from there."""
         self._last_sequence = max(self._last_sequence, min(sequence, limits.SEQUENCE_MAX - 2**32))
 
+    def lacked_by(self, place: bytes, members: Sequence[Contact]) -> list[tuple[Publication, list[Contact]]]:
+        """What lies at ``place``, has been out, and isn't held by some of ``members``; with those."""
+        found = []
+        for entry in self._entries.values():
+            if entry.ever_offered and not entry.is_abandoned and entry.location == place:
+                lacking = [contact for contact in members if contact.id not in entry.holders]
+                if lacking:
+                    found.append((entry, lacking))
+        return found
+
     def records_of(self, key: bytes) -> list[Record]:
         """What we publish under a key, tombstones too."""
         return [entry.record for (found, _), entry in self._entries.items() if found == key]
 
+    def newer(self, key: bytes, serial: int, now: float) -> list[Entry]:
+        """What was set under a key after ``serial``, tombstones too, in that order."""
+        found = [
+            Entry(entry.record, entry.serial, entry.expires - now if entry.ends else float(entry.record.ttl_s))
+            for (at, _), entry in self._entries.items()
+            if at == key and entry.serial > serial
+        ]
+        return sorted(found, key=lambda entry: entry.serial)
+
     def due(self, now: float) -> list[Publication]:
-        """Those to send out now; tombstones that have outlived what they withdraw are forgotten."""
+        """Those to send out now; what has outlived its use is forgotten: tombstones, and what was abandoned."""
         for name, entry in list(self._entries.items()):
-            if entry.record.is_withdrawn and now >= entry.expires:
+            if entry.ends and now >= entry.expires:
                 del self._entries[name]
-        return [entry for entry in self._entries.values() if now >= entry.due]
+        return [entry for entry in self._entries.values() if now >= entry.due and not entry.is_abandoned]
 
     def next_due(self) -> float:
         """When something is due next."""
         dues = [
-            min(entry.due, entry.expires) if entry.record.is_withdrawn else entry.due
+            entry.expires if entry.is_abandoned else min(entry.due, entry.expires) if entry.ends else entry.due
             for entry in self._entries.values()
         ]
         return min(dues, default=float("inf"))
@@ -98,21 +131,13 @@ class Publications:
             return publication
         return self.set(record.key, record.subkey, record.value, record.ttl_s, now, wall_s)
 
-    def located(self, publication: Publication, nearest: list[Contact], now: float) -> None:
-        """A lookup found those closest to its key."""
-        publication.nearest, publication.located = tuple(nearest), now
-
-    def known_nearest(self, publication: Publication, now: float) -> tuple[Contact, ...]:
-        """The closest nodes, if they were looked for lately; else empty."""
-        return publication.nearest if now - publication.located < limits.LOCATED_S else ()
-
-    def offered(self, publication: Publication, holders: list[Contact], now: float) -> None:
-        """Those contacts hold it now: due again at half its life, or soon when nobody took it."""
+    def offered(self, publication: Publication, holders: list[Contact], now: float, *, is_full: bool = False) -> None:
+        """Those contacts hold it now: due again at half its life, or soon when nobody took it and not for want of room."""
         for contact in holders:
             self.handed_over(publication, contact)
         publication.ever_offered = bool(holders) or publication.ever_offered
         half = publication.record.ttl_s / 2
-        publication.due = now + (half if holders else min(half, limits.REPUBLISH_RETRY_S))
+        publication.due = now + (half if holders or is_full else min(half, limits.REPUBLISH_RETRY_S))
 
     def handed_over(self, publication: Publication, contact: Contact) -> None:
         """That contact holds it."""

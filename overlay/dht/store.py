@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from overlay.dht import limits
+from overlay.dht.pages import Entry
 from overlay.dht.records import Record, RecordName
 
 
@@ -47,6 +48,7 @@ class RecordStore:
         self._keys: dict[bytes, dict[RecordName, Held]] = {}
         self._due: list[tuple[float, int, bytes, RecordName]] = []
         self._per_publisher: Counter[bytes] = Counter()
+        self._key_bytes: Counter[bytes] = Counter()
         self._serial = 0
         self.size_bytes = 0
         self.count = 0
@@ -63,8 +65,10 @@ class RecordStore:
         if held is None:
             if self._per_publisher[record.publisher.multihash] >= limits.RECORDS_PER_PUBLISHER_MAX:
                 return Put.FULL
-            if not self._has_room(record.key, group):
+            if not self._has_room(record, group):
                 return Put.FULL
+        elif self._key_bytes[record.key] - freed + record.size_bytes > limits.BYTES_PER_KEY_MAX:
+            return Put.FULL
         else:
             self._remove(held)
         self._serial += 1
@@ -72,29 +76,35 @@ class RecordStore:
         self._keys.setdefault(record.key, {})[record.name] = new
         heapq.heappush(self._due, (new.expires, new.serial, record.key, record.name))
         self._per_publisher[record.publisher.multihash] += 1
+        self._key_bytes[record.key] += record.size_bytes
         self.size_bytes += record.size_bytes
         self.count += 1
         self._compact()
         return Put.STORED
 
-    def _has_room(self, key: bytes, group: str) -> bool:
+    def _has_room(self, record: Record, group: str) -> bool:
         """Room under a key, made if need be: the youngest record of the largest group gives way to a rarer group."""
-        held = self._keys.get(key, {})
-        if len(held) < limits.RECORDS_PER_KEY_MAX:
+        held = self._keys.get(record.key, {})
+        size_bytes = self._key_bytes[record.key] + record.size_bytes
+        if len(held) < limits.RECORDS_PER_KEY_MAX and size_bytes <= limits.BYTES_PER_KEY_MAX:
             return True
         groups = Counter(entry.group for entry in held.values())
         largest, count = max(groups.items(), key=lambda item: (item[1], item[0]))
         if groups[group] + 2 > count:
             return False
-        self._remove(max((entry for entry in held.values() if entry.group == largest), key=lambda entry: entry.serial))
+        youngest = max((entry for entry in held.values() if entry.group == largest), key=lambda entry: entry.serial)
+        if size_bytes - youngest.record.size_bytes > limits.BYTES_PER_KEY_MAX:
+            return False
+        self._remove(youngest)
         return True
 
     def _remove(self, held: Held) -> None:
         record = held.record
         names = self._keys[record.key]
         del names[record.name]
+        self._key_bytes[record.key] -= record.size_bytes
         if not names:
-            del self._keys[record.key]
+            del self._keys[record.key], self._key_bytes[record.key]
         publisher = record.publisher.multihash
         self._per_publisher[publisher] -= 1
         if self._per_publisher[publisher] <= 0:
@@ -122,8 +132,20 @@ class RecordStore:
 
     def get(self, key: bytes, now: float) -> tuple[Record, ...]:
         """Live records of a key, tombstones too, the oldest first."""
+        return tuple(entry.record for entry in self.newer(key, 0, now))
+
+    def newer(self, key: bytes, serial: int, now: float) -> list[Entry]:
+        """Those of `get` that were taken after ``serial``; costs what they are, not what is held."""
         self.expire(now)
-        return tuple(held.record for held in self._keys.get(key, {}).values())
+        found = []
+        for held in reversed(
+            self._keys.get(key, {}).values()
+        ):  # in the order of their serials: what is taken anew goes last
+            if held.serial <= serial:
+                break
+            found.append(Entry(held.record, held.serial, held.expires - now))
+        found.reverse()
+        return found
 
     def sequence_of(self, record: Record) -> int | None:
         """The held sequence under a record's name."""

@@ -58,8 +58,8 @@ def test_a_full_key_makes_room_for_a_rarer_address_group_and_for_no_other() -> N
     store = RecordStore()
     for number in range(limits.RECORDS_PER_KEY_MAX):
         assert store.put(sealed(number + 1), 0.0, "10.0.0.0/24") is Put.STORED
-    assert store.put(sealed(900), 1.0, "10.0.0.0/24") is Put.FULL
-    assert store.put(sealed(901), 1.0, "192.0.2.0/24") is Put.STORED
+    assert store.put(sealed(9000), 1.0, "10.0.0.0/24") is Put.FULL
+    assert store.put(sealed(9001), 1.0, "192.0.2.0/24") is Put.STORED
     assert store.count == limits.RECORDS_PER_KEY_MAX
     assert sealed(1) in store.get(KEY, 1.0), "the oldest stay"
 

@@ -1,0 +1,211 @@
+"""A key that is read again and again: a few of its holders are asked, each only for what it hasn't told yet.
+
+`Known` (pure) keeps what holders told and lets it expire by itself; `FollowedKey` asks. Which holders is drawn by each reader for
+itself, and one of them is replaced from time to time: no few nodes answer everybody, and none can hide a record for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kademlia.node import Node
+
+from overlay.dht import limits
+from overlay.dht.lookup import Found, patience_of
+from overlay.dht.records import Record, RecordName, location_of, merge
+from overlay.dht.table import Contact
+
+
+class Asker(Protocol):
+    """What following wants of the node around it."""
+
+    async def nearest_to(self, target: Node, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
+        """The nodes nearest to ``target``, looked for where that is older than ``fresh_s``."""
+
+    async def ask_for(self, contact: Contact, key: bytes, since: bytes) -> Found | None:
+        """What a holder has under a key after a cursor."""
+
+    def records_of(self, key: bytes) -> list[Record]:
+        """What this node publishes and holds itself."""
+
+    def correct(self, contact: Contact, records: Sequence[Record]) -> None:
+        """Tell a holder what it lacks, in the background."""
+
+
+@dataclass(slots=True)
+class _Told:
+    record: Record
+    first_seen: float
+    until: float
+    tellers: dict[bytes, None] = field(default_factory=dict)
+
+
+class Known:
+    """What holders told of one key, by (publisher, subkey); bounded, and expiring."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._told: dict[RecordName, _Told] = {}
+        self._cursors: dict[bytes, bytes] = {}
+        self._size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._told)
+
+    def cursor_of(self, holder: bytes) -> bytes:
+        """What that holder gave with its last answer; empty for one that has told nothing."""
+        return self._cursors.get(holder, b"")
+
+    def keep_cursors_of(self, holders: Sequence[Contact]) -> None:
+        """Nobody else will be asked."""
+        ids = [contact.id for contact in holders]
+        self._cursors = {holder: self._cursors[holder] for holder in ids if holder in self._cursors}
+
+    def heard(self, holder: bytes, found: Found, now: float) -> None:
+        """An answer. A record's life is never longer than from the first sight of this sequence; holders can only shorten it."""
+        for record, left_s in zip(found.records, found.left_s, strict=True):
+            told = self._told.get(record.name)
+            if told is not None and record.sequence < told.record.sequence:
+                continue
+            until = now + min(left_s, float(record.ttl_s))
+            if told is None or record.sequence > told.record.sequence:
+                self._size_bytes += record.size_bytes - (0 if told is None else told.record.size_bytes)
+                self._told[record.name] = _Told(record, now, until, {holder: None})
+            else:
+                told.until = max(told.until, min(until, told.first_seen + record.ttl_s))
+                told.tellers[holder] = None
+        self._cursors[holder] = found.cursor
+        self._make_room()
+
+    def live(self, now: float) -> list[Record]:
+        """What isn't over. What is over stays known for as long again: an old copy that somebody brings then is no news."""
+        for name, told in list(self._told.items()):
+            if now >= told.until + told.record.ttl_s:
+                self._forget(name)
+        return [told.record for told in self._told.values() if now < told.until and not told.record.is_withdrawn]
+
+    def lacked(self, records: Sequence[Record], now: float) -> list[Record]:
+        """Of what is known for a while, that which a holder that told all it has, ``records``, lacks."""
+        held = {record.name: record.sequence for record in records}
+        since = now - limits.CORRECTED_AFTER_S
+        lacking = [
+            told.record
+            for name, told in self._told.items()
+            if told.first_seen <= since and now < told.until and held.get(name, -1) < told.record.sequence
+        ]
+        return lacking[: limits.CORRECTED_RECORDS_MAX]
+
+    def _forget(self, name: RecordName) -> None:
+        self._size_bytes -= self._told.pop(name).record.size_bytes
+
+    def _make_room(self) -> None:
+        """What one holder alone tells goes first, of the one that tells most of it, the latest first: others stay."""
+        while len(self._told) > limits.RECORDS_PER_KEY_MAX or self._size_bytes > limits.BYTES_PER_KEY_MAX:
+            alone: dict[bytes, list[RecordName]] = {}
+            for name, told in self._told.items():
+                if len(told.tellers) == 1:
+                    alone.setdefault(next(iter(told.tellers)), []).append(name)
+            if not alone:
+                self._forget(next(reversed(self._told)))
+                continue
+            most = max(alone.values(), key=len)
+            for name in most[-max(1, len(most) // 4) :]:
+                self._forget(name)
+
+
+class FollowedKey:
+    """One key, for one reader. Every method is for the loop's thread; reads of one key come one after the other."""
+
+    def __init__(self, key: bytes, asker: Asker, salt: bytes, now: Callable[[], float]) -> None:
+        self.key = key
+        self._asker = asker
+        self._salt = salt
+        self._now = now
+        self._target = Node(location_of(key))
+        self._known = Known(key)
+        self._reading = asyncio.Lock()
+        self._turn = 0
+        self._turned = now()
+        self.answers = 0
+        """How many holders answered the last read."""
+
+    async def read(self, *, thorough: bool = False) -> tuple[Record, ...]:
+        """Live records: verified, merged, in a fixed order; ours and those this node holds are among them. Cancel-safe.
+
+        Args:
+            thorough: the holders are looked for anew, unless that was a moment ago, and half of them asked.
+        """
+        async with self._reading:
+            holders = await self._asker.nearest_to(
+                self._target, fresh_s=limits.RELOCATE_S if thorough else limits.LOCATED_S
+            )
+            self._known.keep_cursors_of(holders)
+            order = self._order(holders)
+            wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS
+            self.answers = await self._ask(order[:], wanted)
+            if self.answers == wanted < len(order) and not self._known.live(self._now()):
+                self.answers += await self._ask(order[wanted:], len(order))
+        return self._merged()
+
+    def _merged(self) -> tuple[Record, ...]:
+        merged: dict[RecordName, Record] = {}
+        merge(merged, self._known.live(self._now()))
+        merge(merged, self._asker.records_of(self.key))
+        live = [record for record in merged.values() if not record.is_withdrawn]
+        return tuple(sorted(live, key=lambda record: record.name))
+
+    def _order(self, holders: Sequence[Contact]) -> list[Contact]:
+        """In an order of this reader's own, in which another one comes first now and then."""
+        now = self._now()
+        if now - self._turned >= limits.ROTATE_S:
+            self._turned = now
+            self._turn += 1
+        drawn = sorted(holders, key=lambda contact: hashlib.sha256(self._salt + contact.id).digest())
+        turn = self._turn % len(drawn) if drawn else 0
+        return [*drawn[turn:], *drawn[:turn]]
+
+    async def _ask(self, order: Sequence[Contact], wanted: int) -> int:
+        """Ask the first ``wanted``; who fails, or takes longer than is usual, is replaced by the next. Returns how many answered."""
+        waiting = list(order)
+        running: dict[asyncio.Task[bool], float] = {}
+        waited_s: list[float] = []
+        answers = 0
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                async with asyncio.timeout(limits.LOOKUP_S):
+                    while True:
+                        now, patience_s = self._now(), patience_of(waited_s)
+                        late = sum(now - began >= patience_s for began in running.values())
+                        while waiting and answers + len(running) - late < wanted:
+                            task = tasks.create_task(self._ask_one(waiting.pop(0)), name="dht read")
+                            running[task] = now
+                        if answers >= wanted or not running:
+                            return answers
+                        left_s = [began + patience_s - now for began in running.values() if began + patience_s > now]
+                        done, _ = await asyncio.wait(
+                            running, timeout=max(min(left_s), 0.001) if left_s and waiting else None,
+                            return_when=asyncio.FIRST_COMPLETED,
+                        )  # fmt: skip
+                        for task in [task for task in running if task in done]:
+                            waited_s.append(self._now() - running.pop(task))
+                            answers += task.result()
+            except TimeoutError:
+                return answers
+            finally:
+                for task in running:
+                    task.cancel()
+
+    async def _ask_one(self, contact: Contact) -> bool:
+        since = self._known.cursor_of(contact.id)
+        found = await self._asker.ask_for(contact, self.key, since)
+        if found is None:
+            return False
+        now = self._now()
+        self._known.heard(contact.id, found, now)
+        if not since and (lacking := self._known.lacked(found.records, now)):
+            self._asker.correct(contact, lacking)
+        return True
