@@ -1,7 +1,7 @@
 """Batches through all blocks and back over whole daemons, while servers of them are lost: outputs and gradients must always be the same.
 
-Owns who asks for which batch, which server is struck meanwhile (`netsim.strikes`), and what is measured of it. What has to come out is
-worked out by `netsim.arithmetic` in one place.
+Owns who asks for which batch, which server is struck while it has a call of it (`netsim.strikes`), and what is measured of it. What has to
+come out is worked out by `netsim.arithmetic` in one place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 
+from blocks.call_service import TENSORS_PROTOCOL
 from blocks.protocol.device import Batch
 from netsim.arithmetic import PRIME, Numbers, backward, forward, integers_of, part_of
 from netsim.call_mischief import CELLS, LAST_COPY_S, CallMischief
@@ -22,13 +23,16 @@ from netsim.metrics import Metrics
 from netsim.online import sample_coverage, wait_online
 from netsim.peers.node import NodePeer, NodeSettings
 from netsim.sim_host import Machine
-from netsim.strikes import STRIKES, Strike, Striker
-from netsim.world import HostDied, World
+from netsim.strikes import STRIKES, Kinds, Strike, Striker
+from netsim.world import HostDied, State, World
 from overlay.errors import PeerdError
 from overlay.rpc.types import Part
+from overlay.stream import Stream
 from routing.types import Span
 
 ASK_AGAIN_S = 0.5
+LOOK_S = 0.02
+"""Most calls of a batch take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,9 @@ class CallSettings:
     Attributes:
         batches: by each driver, one after the other: forward, then back.
         prompts: the share of batches with deep prompts; ``padding`` that with a mask.
-        strikes: how servers are struck, drawn from; one for each batch, at a moment drawn from ``strike_at_s`` after it was asked for.
+        strikes: how servers are struck: in an order that is drawn, each once before any comes again; one for each batch. It hits a server
+            that has a call of this driver just then, at a moment drawn from ``strike_at_s`` after the batch was asked for, or later, when
+            there is one whose loss leaves no gap.
         copies: the share of calls of which a copy is made (`netsim.call_mischief`).
     """
 
@@ -82,8 +88,9 @@ class Batches:
         "tokens": "rows times tokens of batches that came back",
         "batch_s": "seconds of a batch that wasn't struck",
         "struck_batch_s": "seconds of a batch during which a server was struck",
-        "strikes": "strikes on servers",
+        "strikes": "strikes on servers that had a call of the driver",
         "strikes.*": "the same by kind",
+        "strikes.kinds": "kinds of strikes that happened, of those that were to",
         "servers_lost": "calls that lost their server",
         "copies": "copies of calls' messages that were made up and sent",
         "copies.server.*": "the same by cell, to servers",
@@ -107,11 +114,15 @@ class Batches:
             "batches.failed",
             "tokens",
             "strikes",
+            "strikes.kinds",
         ):
             metrics.count(name, 0)
         told = cast(NodeSettings, world.group(settings.servers)[0].settings)
         self.span, self.width = Span(0, told.blocks), told.width
         self.striker = Striker(world, settings.servers, told.blocks)
+        self.kinds = Kinds(settings.strikes, world.random("kinds of strikes"))
+        self._happened: dict[str, None] = {}
+        metrics.owed_by("strikes.kinds", (f"strikes.{kind}" for kind in settings.strikes))
 
     async def run(self) -> None:
         """Wait for the swarm, and let every driver ask for its batches."""
@@ -190,22 +201,37 @@ class Batches:
         return _Asked(batch, part_of(made(rows, tokens, self.width), "grad"))
 
     async def _strike(self, driver: Machine, draws: random.Random) -> bool:
-        """Strike a server, drawn among those whose loss leaves no gap."""
+        """Strike a server that has a call of this driver; where there is none, or each would leave a gap, as soon as that has changed."""
         settings = self.settings
         if not settings.strikes:
             return False
-        kind, share = draws.choice(settings.strikes), draws.random()
-        back_after_s, at_s = draws.uniform(*settings.back_after_s), draws.uniform(*settings.strike_at_s)
-        await asyncio.sleep(at_s)
-        serving = [machine for machine, _ in self.striker.spans()]
-        if not serving:
-            return False
-        target = serving[int(share * len(serving))]
-        if not self.striker.strike_one(target, driver, Strike(kind, 0, share, back_after_s)):
-            return False
-        self.metrics.count("strikes")
-        self.metrics.count(f"strikes.{kind}")
+        share, back_after_s = draws.random(), draws.uniform(*settings.back_after_s)
+        await asyncio.sleep(draws.uniform(*settings.strike_at_s))
+        while not self._strike_now(driver, share, back_after_s):  # noqa: ASYNC110 - virtual time is cheap, and no daemon tells of its calls
+            await asyncio.sleep(LOOK_S)
         return True
+
+    def _strike_now(self, driver: Machine, share: float, back_after_s: float) -> bool:
+        targets = servers_of(self.world, driver, self.settings.servers)
+        if not targets:
+            return False
+        kind = self.kinds.take()
+        first = int(share * len(targets))
+        for target in (*targets[first:], *targets[:first]):
+            if self.striker.strike_one(target, driver, Strike(kind, 0, share, back_after_s)):
+                self._note_strike(driver, target, kind)
+                return True
+        self.kinds.put_back(kind)
+        return False
+
+    def _note_strike(self, driver: Machine, target: Machine, kind: str) -> None:
+        name = f"strikes.{kind}"
+        self.world.trace.add("strike", target.name, f"{kind} during a call of {driver.name}")
+        self._happened[kind] = None
+        self.metrics.count("strikes")
+        self.metrics.count(name)
+        self.metrics.put("strikes.kinds", len(self._happened))
+        self.metrics.gave("strikes.kinds", name)
 
     def _compare(self, machine: Machine, asked: _Asked, output: Part, grads: tuple[Part, Part | None]) -> None:
         expected = forward(self.span, asked.batch)
@@ -220,6 +246,27 @@ class Batches:
         self.metrics.count("tokens", rows * tokens)
         self.metrics.count("batches.wrong", int(not right), of="" if right else machine.name)
         self.world.trace.add("batch", machine.name, f"{rows} {tokens} {bool(right)}")
+
+
+def servers_of(world: World, driver: Machine, servers: str) -> list[Machine]:
+    """Who of the group ``servers`` runs and has a call of the driver just now: its stream lives at both ends.
+
+    A driver's end alone may be all that is left of a call whose server has been restarted since.
+    """
+    return [machine for machine in world.group(servers) if _has_call(driver, machine) and _has_call(machine, driver)]
+
+
+def _has_call(machine: Machine, other: Machine) -> bool:
+    """Whether a stream of a call with ``other`` lives at ``machine``, as far as that knows."""
+    if machine.state is not State.RUNNING or machine.peer is None or other.peer is None:
+        return False
+    remote = cast(NodePeer, other.peer).node.identity.peer_id
+    connection = cast(NodePeer, machine.peer).host.connection(remote)
+    streams = (lane.owner for lane in connection.session.live_lanes()) if connection is not None else ()
+    return any(
+        isinstance(stream, Stream) and stream.protocol == TENSORS_PROTOCOL and stream.error is None
+        for stream in streams
+    )
 
 
 WORKLOADS = {"batches": Batches}
