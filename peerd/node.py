@@ -22,7 +22,7 @@ from blocks.session_directory import SessionDirectory
 from overlay.connection import Connection
 from overlay.dht.node import Dht, DhtConfig
 from overlay.errors import Blame, PeerdError
-from overlay.host import Host, HostConfig
+from overlay.host import Host, HostConfig, Secure, secure_with_noise
 from overlay.identity import Identity, PeerId
 from overlay.multiaddr import Multiaddr
 from overlay.ports import Ports, Randomness, Storage, WallClock
@@ -90,7 +90,8 @@ def on_its_socket(node: Node) -> AbstractAsyncContextManager[None]:
 class Node:
     """One daemon. `run` is its life; everything else is for the local API.
 
-    ``loader`` brings models onto ``device`` (None: from files, with torch), ``serve`` lets people in; the simulator hands over its own.
+    ``loader`` brings models onto ``device`` (None: from files, with torch), ``serve`` lets people in, ``secure`` makes connections
+    secure; the simulator hands over its own.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Node:
         device: OwnDevice,
         loader: ModelLoader | None = None,
         serve: Serve = on_its_socket,
+        secure: Secure = secure_with_noise,
     ) -> None:
         self.config = config
         self.wall_clock: WallClock = ports.wall_clock
@@ -116,7 +118,7 @@ class Node:
         self._serving = False
         self.identity = Identity.load_or_create(storage, ports.randomness)
         self.metrics = Metrics(VERSION, str(self.identity.peer_id))
-        self._host = Host(self.identity, ports, HostConfig(agent=f"peerd/{VERSION}"))
+        self._host = Host(self.identity, ports, HostConfig(agent=f"peerd/{VERSION}"), secure=secure)
         self._dht = Dht(self._host, ports, DhtConfig())
         self._swarm = Swarm(self._host, self._dht, ports.clock, ports.randomness)
         self._host.add_connection_listener(lambda opened: None, self._hung_up)

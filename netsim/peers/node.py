@@ -21,9 +21,10 @@ from blocks.sampling_params import SamplingParams
 from netsim.arithmetic import Arithmetic, ArithmeticRunner, BlankRunner
 from netsim.compute import DEVICES
 from netsim.devices import JobRunner, SimDevice
+from netsim.null_channel import null_channel
 from netsim.sim_host import LISTEN_PORT, SimHost
 from netsim.synthetic import NOWHERE, SyntheticLoader, synthetic_source
-from overlay.host import Host
+from overlay.host import Host, secure_with_noise
 from overlay.rpc.types import Part
 from peerd.calls.caller import Gradients
 from peerd.config import AUTO, NONE, Config, Network, Paths, Serving
@@ -96,7 +97,9 @@ class NodePeer:
         self.device = SimDevice(DEVICES[settings.device], _runner_of(settings), host.condition)
         self.is_ready = asyncio.Event()
         config = _config_of(host, settings)
-        self.node = Node(config, host.ports, host.storage, self.device, self._loader(config), _without_socket)
+        secure = secure_with_noise if host.world.is_noise else null_channel
+        loader = self._loader(config)
+        self.node = Node(config, host.ports, host.storage, self.device, loader, _without_socket, secure)
 
     def _loader(self, config: Config) -> ModelLoader:
         if self.settings.numbers == TORCH:
