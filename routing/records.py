@@ -17,7 +17,8 @@ import msgpack
 from routing.errors import BadRecord
 from routing.types import MODEL_ID_BYTES, ComputeClass, ModelId, Span
 
-BLOCKS_PER_GROUP = 8
+BLOCKS_PER_GROUP = 16
+"""Who drives or places itself reads all groups of a model, each from a few holders that tell what is new: few groups cost little."""
 BLOCKS_MAX = 4096
 RECORD_BYTES_MAX = 8192
 RECORDS_CACHED = 4096
@@ -164,4 +165,4 @@ def _rtt(entry: object) -> tuple[bytes, float]:
 def span_keys(model: ModelId, span: Span) -> tuple[bytes, ...]:
     """The DHT keys that a span's record is published under: one for each group of blocks that it touches."""
     groups = range(span.start // BLOCKS_PER_GROUP, (span.end - 1) // BLOCKS_PER_GROUP + 1)
-    return tuple(hashlib.sha256(b"peerd/span/1" + model + group.to_bytes(4, "big")).digest() for group in groups)
+    return tuple(hashlib.sha256(b"peerd/span/2" + model + group.to_bytes(4, "big")).digest() for group in groups)

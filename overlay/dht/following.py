@@ -23,8 +23,8 @@ from overlay.dht.table import Contact
 class Asker(Protocol):
     """What following wants of the node around it."""
 
-    async def nearest_to(self, target: Node, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
-        """The nodes nearest to ``target``, looked for where that is older than ``fresh_s``."""
+    async def nearest_to(self, target: Node, wanted: int, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
+        """The ``wanted`` nodes nearest to ``target`` or more, looked for where that is older than ``fresh_s``."""
 
     async def ask_for(self, contact: Contact, key: bytes, since: bytes) -> Found | None:
         """What a holder has under a key after a cursor."""
@@ -140,16 +140,19 @@ class FollowedKey:
             thorough: the holders are looked for anew, unless that was a moment ago, and half of them asked.
         """
         async with self._reading:
-            holders = await self._asker.nearest_to(
-                self._target, fresh_s=limits.RELOCATE_S if thorough else limits.LOCATED_S
-            )
+            fresh_s = limits.RELOCATE_S if thorough else limits.LOCATED_S
+            holders = await self._asker.nearest_to(self._target, limits.LOCATED_HOLDERS, fresh_s=fresh_s)
             self._known.keep_cursors_of(holders)
-            order = self._order(holders)
             wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS
-            self.answers = await self._ask(order[:], wanted)
-            if self.answers == wanted < len(order) and not self._known.live(self._now()):
-                self.answers += await self._ask(order[wanted:], len(order))
+            self.answers = await self._ask(self._order(holders), wanted)
+            if self.answers and not self._known.live(self._now()):
+                await self._ask_all(fresh_s)
         return self._merged()
+
+    async def _ask_all(self, fresh_s: float) -> None:
+        """Before a key is said to have no records: the nearest few may know only each other."""
+        holders = await self._asker.nearest_to(self._target, limits.KSIZE, fresh_s=fresh_s)
+        self.answers = await self._ask(self._order(holders), len(holders))
 
     def _merged(self) -> tuple[Record, ...]:
         merged: dict[RecordName, Record] = {}

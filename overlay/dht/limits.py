@@ -22,9 +22,9 @@ CACHED_RECORD_BYTES_MAX = 2 << 10
 """Read forms of records that are kept, of those that aren't longer: at most 20 MB, a few in a usual swarm."""
 
 # --- what a holder keeps ---
-RECORDS_PER_KEY_MAX = 1024
+RECORDS_PER_KEY_MAX = 2048
 BYTES_PER_KEY_MAX = 4 << 20
-"""A thousand servers of a model, each with a record of a kilobyte, under one of its keys: and no key takes a tenth of the store."""
+"""Two thousand servers of a model, each with a record of a kilobyte, under one of its keys: and no key takes a tenth of the store."""
 RECORDS_PER_PUBLISHER_MAX = 1024
 STORE_BYTES_MAX = 64 << 20
 RECORD_OVERHEAD_BYTES = 512
@@ -121,9 +121,11 @@ RELOCATE_S = 10.0
 NEIGHBOURHOODS_MAX = 1024
 NEAR = 5
 """So many nodes a known holder names: one among them that nobody named before shows that the neighbourhood changed."""
+LOCATED_HOLDERS = 10
+"""So many of the nodes nearest to a key a reader looks for, and takes its few from: half of `KSIZE`, as a lookup asks."""
 READ_HOLDERS = 4
 READ_HOLDERS_THOROUGH = 10
-"""Where blocks seem to be missing: half of `KSIZE`, as a lookup asks."""
+"""Where blocks seem to be missing."""
 ROTATE_S = 60.0
 """So often another holder takes the place of one that is read: none can hide a record for long."""
 CORRECTED_AFTER_S = 10.0

@@ -68,8 +68,9 @@ class NodeLookup(SpiderCrawl):
 
     def __init__(
         self, protocol: LookupProtocol, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes,
-        requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA,
+        requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA, wanted: int | None = None,
     ) -> None:  # fmt: skip
+        """``wanted``: how many of the closest must have answered; all ``ksize`` of them without it."""
         super().__init__(protocol, target, [], ksize, at_once)
         self.nearest: CandidateHeap = CandidateHeap(target, ksize)
         self.nearest.push(list(contacts))
@@ -79,6 +80,7 @@ class NodeLookup(SpiderCrawl):
         self.requests = 0
         self.report = LookupReport(0.0, 0, 0, 0)
         self._requests_max = requests_max
+        self._closest_wanted = ksize if wanted is None else wanted
         self._own_id = own_id
         self._failed: dict[bytes, None] = {}
         self._hops: dict[bytes, int] = dict.fromkeys(self.seen, 1)
@@ -184,7 +186,7 @@ class NodeLookup(SpiderCrawl):
 
     def _wanted(self) -> int:
         """How many of the closest must have answered."""
-        return int(self.ksize)
+        return self._closest_wanted
 
     def _is_complete(self, running: Sequence[_Asked], now: float) -> bool:
         """All that are wanted answered; where there are fewer, the late ones are waited for twice as long as the others."""

@@ -20,6 +20,8 @@ class _Neighbourhood:
     """By id, the nearest first."""
     found: int
     """How many there were."""
+    wanted: int
+    """How many were looked for."""
     seen: dict[bytes, None]
     """Ids that its lookup saw, members or not: one that was named and didn't answer is no news."""
     located: float
@@ -27,37 +29,40 @@ class _Neighbourhood:
     """The least time until it is looked for again; longer where looking found the same: whoever names strangers gains nothing by it."""
     has_changed: bool = False
 
+    @property
+    def is_lonely(self) -> bool:
+        """Whether there were fewer than were looked for: all that there is, maybe."""
+        return self.found < self.wanted
+
 
 class Neighbourhoods:
     """By place in the id space; the longest unused of more than `limits.NEIGHBOURHOODS_MAX` is forgotten."""
 
-    def __init__(self, ksize: int) -> None:
-        self._ksize = ksize
+    def __init__(self) -> None:
         self._known: dict[bytes, _Neighbourhood] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def located(self, place: bytes, members: Sequence[Contact], seen: Iterable[bytes], now: float) -> None:
-        """A lookup found ``members``, and saw ``seen``."""
+    def located(self, place: bytes, members: Sequence[Contact], wanted: int, seen: Iterable[bytes], now: float) -> None:
+        """A lookup for ``wanted`` nodes found ``members``, and saw ``seen``."""
         before = self._known.pop(place, None)
         by_id = {contact.id: contact for contact in members}
         patience_s = limits.RELOCATE_S
         if before is not None and list(before.members) == list(by_id):
             patience_s = min(2 * before.patience_s, limits.LOCATED_S)
         names = dict.fromkeys(seen) | dict.fromkeys(by_id)
-        self._known[place] = _Neighbourhood(by_id, len(by_id), names, now, patience_s)
+        self._known[place] = _Neighbourhood(by_id, len(by_id), wanted, names, now, patience_s)
         while len(self._known) > limits.NEIGHBOURHOODS_MAX:
             del self._known[next(iter(self._known))]
 
-    def members(self, place: bytes, now: float, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
-        """Those that are known to be nearest, for ``fresh_s`` at most; empty where they have to be looked for."""
+    def members(self, place: bytes, wanted: int, now: float, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
+        """The ``wanted`` nearest or more, as found in the last ``fresh_s``; empty where they have to be looked for."""
         known = self._known.get(place)
-        if known is None or not known.members:
+        if known is None or not known.members or known.wanted < wanted:
             return ()
         age_s = now - known.located
-        lonely = known.found < self._ksize
-        if age_s >= min(fresh_s, limits.LOCATED_LONELY_S if lonely else limits.LOCATED_S):
+        if age_s >= min(fresh_s, limits.LOCATED_LONELY_S if known.is_lonely else limits.LOCATED_S):
             return ()
         is_worn = known.has_changed or 2 * len(known.members) < known.found
         if is_worn and age_s >= known.patience_s:
@@ -74,8 +79,7 @@ class Neighbourhoods:
         if strangers:
             here = int.from_bytes(place, "big")
             farthest = max(member.long_id ^ here for member in known.members.values())
-            lonely = known.found < self._ksize
-            known.has_changed |= lonely or any(contact.long_id ^ here < farthest for contact in strangers)
+            known.has_changed |= known.is_lonely or any(contact.long_id ^ here < farthest for contact in strangers)
 
     def lost(self, place: bytes, contact: Contact) -> None:
         """A member didn't answer."""

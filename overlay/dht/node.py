@@ -79,7 +79,7 @@ class Dht:
         self._store = RecordStore()
         self._rate = StoreRate()
         self._publications = Publications(host.identity)
-        self._neighbourhoods = Neighbourhoods(self.config.ksize)
+        self._neighbourhoods = Neighbourhoods()
         self._life = ports.randomness.token(limits.LIFE_BYTES)
         self._salt = ports.randomness.token(limits.LIFE_BYTES)
         self._protocol = DhtProtocol(host, self, exempt_private=self.config.exempt_private)
@@ -200,10 +200,14 @@ class Dht:
         self._wake.set()
 
     def _lookup_for(
-        self, target: Node, requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA
+        self,
+        target: Node,
+        requests_max: int = limits.LOOKUP_RPCS_MAX,
+        at_once: int = limits.ALPHA,
+        wanted: int | None = None,
     ) -> NodeLookup:
-        start = self._table.find_neighbors(target, self.config.ksize)
-        return NodeLookup(self._protocol, target, start, self.config.ksize, self._self.id, requests_max, at_once)
+        start, ksize = self._table.find_neighbors(target, self.config.ksize), self.config.ksize
+        return NodeLookup(self._protocol, target, start, ksize, self._self.id, requests_max, at_once, wanted)
 
     async def _closest_to(
         self,
@@ -257,7 +261,8 @@ class Dht:
     async def _replicate(self, publication: Publication) -> None:
         """Offer a record to the closest nodes; whatever newer value came meanwhile is offered at the next upkeep."""
         publication.due = self._now() + limits.LOOKUP_S
-        await self._offer(publication, await self.nearest_to(Node(publication.location)))
+        contacts = await self.nearest_to(Node(publication.location), self.config.ksize)
+        await self._offer(publication, contacts[: self.config.ksize])
 
     async def _offer(self, publication: Publication, contacts: Sequence[Contact]) -> None:
         record, place = publication.record, Node(publication.location)
@@ -279,16 +284,16 @@ class Dht:
         self._publications.offered(publication, holders, self._now(), is_full=is_full)
         self._wake.set()
 
-    async def nearest_to(self, target: Node, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
-        """The nodes nearest to ``target``: as they were found not long ago, or by a lookup."""
-        known = self._neighbourhoods.members(target.id, self._now(), fresh_s)
+    async def nearest_to(self, target: Node, wanted: int, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
+        """The ``wanted`` nodes nearest to ``target`` or more: as they were found not long ago, or by a lookup."""
+        known = self._neighbourhoods.members(target.id, wanted, self._now(), fresh_s)
         if known:
             return known
-        lookup = self._lookup_for(target)
+        lookup = self._lookup_for(target, wanted=wanted)
         found = await lookup.find()
         self._looked(lookup)
-        self._neighbourhoods.located(target.id, found, lookup.named(), self._now())
-        for publication, lacking in self._publications.lacked_by(target.id, found):
+        self._neighbourhoods.located(target.id, found, wanted, lookup.named(), self._now())
+        for publication, lacking in self._publications.lacked_by(target.id, found[: self.config.ksize]):
             record = publication.record
             self._spawn(f"publish {record.key.hex()} {record.subkey.hex()}", self._fill_up(publication, lacking))
         return tuple(found)
