@@ -48,6 +48,8 @@ MANIFEST_KEEPERS = 32
 OTHERS_MIN = 8
 """With fewer other publishers than that, a manifest is published by every server: keepers may still be loading, or lie."""
 KEEPERS_S = 10.0
+CONTESTED_TIMES = 2
+"""With more than half as many that say something else, all servers say what they know."""
 CONTESTED_S = 3600.0
 """Who saw a manifest that differs goes on publishing so long: once outvoted it is seen no more, and would win again."""
 
@@ -186,15 +188,13 @@ class Announcer:
         return self._is_needed(own) or keeps_manifest(model, peer, servers, publishes=own.published)
 
     def _is_needed(self, own: _OwnManifest) -> bool:
-        """Whether every server's word counts: others say something else, or hardly anybody says anything."""
-        now = self._clock.now()
-        known = self._swarm.known(own.manifest.model)
-        if known is None:
-            return True
-        if (known.manifest.files, known.manifest.tensors) != (own.manifest.files, own.manifest.tensors):
+        """Whether every server's word counts: hardly anybody says what we say, or what others say comes near to outvoting it."""
+        now, manifest = self._clock.now(), own.manifest
+        claims = self._swarm.manifest_claims(manifest.model)
+        same = sum((found.files, found.tensors) == (manifest.files, manifest.tensors) for found, _ in claims)
+        if CONTESTED_TIMES * (len(claims) - same) > same:
             own.contested_until = now + CONTESTED_S
-        others = sum(1 for peer in known.publishers if peer != self._host.peer_id.multihash)
-        return now < own.contested_until or others < OTHERS_MIN
+        return now < own.contested_until or same < OTHERS_MIN
 
     async def withdraw_stale(self) -> None:
         """Take back what stands under keys that a span no longer touches."""
@@ -214,8 +214,8 @@ class Announcer:
             for key in span_keys(record.model, record.span)
         ]
         manifests = [
-            self._dht.withdraw(MANIFESTS_KEY, bytes(model)) for model, own in self._manifests.items() if own.published
-        ]
+            self._dht.withdraw(MANIFESTS_KEY, bytes(model)) for model in self._manifests
+        ]  # those that were abandoned too, as long as they live
         for model in list(self._records):
             self._swarm.remove_own(model)
         self._records.clear()

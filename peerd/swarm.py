@@ -110,7 +110,7 @@ class Swarm:
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._followed: dict[bytes, FollowedKey] = {}
         self._thorough = False
-        self._claims: dict[ModelId, tuple[tuple[Manifest, bytes], ...]] = {}
+        self._claims: dict[ModelId, list[tuple[Manifest, bytes]]] = {}
         self._expected: set[ModelId] = set()
         self._seen: object = None
 
@@ -200,9 +200,10 @@ class Swarm:
             self._catalog.remove_own(model)
             self._notify()
 
-    def manifest_claims(self, model: ModelId) -> tuple[tuple[Manifest, bytes], ...]:
-        """What others publish as the manifest of a model of ours, and who, as of the last look."""
-        return self._claims.get(model, ())
+    def manifest_claims(self, model: ModelId) -> list[tuple[Manifest, bytes]]:
+        """What others publish as the manifest of a model, and who, as of the last look."""
+        own = self._host.peer_id.multihash
+        return [(manifest, peer) for manifest, peer in self._claims.get(model, ()) if peer != own]
 
     def put_own_manifest(self, manifest: Manifest) -> None:
         self._own_manifests[manifest.model] = manifest
@@ -290,11 +291,7 @@ class Swarm:
                 found.setdefault(manifest.model, []).append((manifest, record.publisher.multihash))
         self._read_manifests = read
         self._models = {model: _agreed(claims) for model, claims in found.items()}
-        own = self._host.peer_id.multihash
-        self._claims = {
-            model: tuple((manifest, peer) for manifest, peer in found.get(model, ()) if peer != own)
-            for model in self._own_manifests
-        }
+        self._claims = found
         self._block_counts.update({model: known.blocks for model, known in self._models.items()})
         for manifest in self._own_manifests.values():
             self._add_manifest(manifest, self._host.peer_id.multihash)

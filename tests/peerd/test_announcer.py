@@ -54,6 +54,7 @@ class Board:
     time: float = 100.0
     views: int = 0
     network: KnownModel | None = None
+    forgers: tuple[bytes, ...] = ()
     manifests: list[bytes] = field(default_factory=list)
     """Those that are renewed now."""
     full: bool = False
@@ -80,8 +81,10 @@ class Board:
         before = self.network or KnownModel(manifest, ())
         self.network = KnownModel(before.manifest, (*before.publishers, OWN))
 
-    def known(self, model: bytes) -> KnownModel | None:
-        return self.network
+    def manifest_claims(self, model: bytes) -> list[tuple[Manifest, bytes]]:
+        network = self.network
+        said = [] if network is None else [(network.manifest, peer) for peer in network.publishers if peer != OWN]
+        return [*said, *((FORGED, peer) for peer in self.forgers)]
 
     def put_own(self, record: SpanRecord, blocks: int) -> None:
         assert blocks == BLOCKS
@@ -370,6 +373,17 @@ def test_where_the_networks_manifest_differs_every_server_publishes_its_own_for_
     assert judge(announcer, board) == [MANIFEST]
 
 
+@pytest.mark.parametrize(("forgers", "published"), [(0, False), (16, False), (17, True)])
+def test_a_few_who_say_something_else_don_t_make_a_crowd_speak_but_half_as_many_as_agree_do(
+    forgers: int, published: bool
+) -> None:
+    board = crowd(len(ORDERED), 32)
+    board.forgers = tuple(server.peer for server in ORDERED[32 : 32 + forgers])
+    announcer = board.announcer()
+    announcer.announce_manifest(MANIFEST)
+    assert bool(board.manifests) is published
+
+
 @pytest.mark.parametrize(("publishers", "published"), [(0, True), (OTHERS_MIN - 1, True), (OTHERS_MIN, False)])
 def test_where_hardly_anybody_publishes_a_manifest_every_server_does(publishers: int, published: bool) -> None:
     board = crowd(len(ORDERED), publishers)
@@ -379,13 +393,13 @@ def test_where_hardly_anybody_publishes_a_manifest_every_server_does(publishers:
     assert bool(judge(announcer, board)) is published, "its own word isn't counted"
 
 
-def test_leaving_takes_back_the_manifests_that_are_published_here_and_no_others() -> None:
-    for before, withdrawn in ((0, [MANIFESTS_KEY]), (len(ORDERED), [])):
+def test_leaving_takes_back_manifests_also_those_that_were_left_to_their_end() -> None:
+    for before in (0, len(ORDERED)):
         board = crowd(before)
         announcer = board.announcer()
         announcer.announce_manifest(MANIFEST)
         asyncio.run(announcer.withdraw())
-        assert board.withdrawn == withdrawn
+        assert board.withdrawn == [MANIFESTS_KEY], "of what was never published the DHT says nothing"
         board.network, board.manifests = None, []
         assert judge(announcer, board) == [], "and publishes them no more"
 
