@@ -23,6 +23,9 @@ from netsim.ports import Condition
 
 Done = Callable[[JobResult], None]
 
+LOOK_AGAIN_S = 1.0
+"""So long does a job keep the speed of the machine that it found; the rest of it goes as fast as the machine does by then."""
+
 
 class Lie(Enum):
     """How a device is wrong."""
@@ -42,7 +45,7 @@ class JobRunner(Protocol):
 
 
 class SimDevice:
-    """`blocks.protocol.device.OwnDevice`; see the module. ``condition`` is looked at with every job that begins."""
+    """`blocks.protocol.device.OwnDevice`; see the module. ``condition`` is looked at with every job that begins, and while it runs."""
 
     def __init__(self, cost: compute.DeviceClass, runner: JobRunner, condition: Condition | None = None) -> None:
         self.cost = cost
@@ -115,9 +118,25 @@ class SimDevice:
         if callable(work):
             loop.call_soon(self._call, work, done)
             return
-        took_s = compute.seconds(self.cost, work) * self.condition.slow_factor
-        self.busy_s += took_s
-        loop.call_later(took_s, self._finish, work, done, took_s)
+        factor = self.condition.slow_factor
+        self._go_on(work, done, loop.time(), compute.seconds(self.cost, work) * factor, factor)
+
+    def _go_on(self, job: Job, done: Done, began_s: float, took_s: float, factor: float) -> None:
+        """Let a job, which takes ``took_s`` in all if the machine stays as slow as ``factor`` says, run until it ends or for a while.
+
+        Its end is reckoned from its beginning, so that looking again changes no bit of it where the machine is as it was.
+        """
+        loop = asyncio.get_running_loop()
+        ran_s = loop.time() - began_s
+        if self.condition.slow_factor != factor:
+            left_s = max(0.0, took_s - ran_s) / factor
+            factor = self.condition.slow_factor
+            took_s = ran_s + left_s * factor
+        if took_s - ran_s > LOOK_AGAIN_S:
+            loop.call_later(LOOK_AGAIN_S, self._go_on, job, done, began_s, took_s, factor)
+        else:
+            self.busy_s += took_s
+            loop.call_at(began_s + took_s, self._finish, job, done, took_s)
 
     def _call(self, work: Callable[[Any], None], future: asyncio.Future[None]) -> None:
         self._running = False

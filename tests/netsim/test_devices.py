@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+
+import pytest
 
 from blocks.protocol.device import JobPriority, JobResult, LeaseKey, ReleaseJob, SpanJob
 from netsim.arithmetic import Arithmetic, ArithmeticRunner, part_of
-from netsim.compute import DEVICES, seconds
-from netsim.devices import SimDevice
+from netsim.compute import DEVICES, DeviceClass, seconds
+from netsim.devices import LOOK_AGAIN_S, SimDevice
 from netsim.loop import run
 from netsim.ports import Condition
 from routing.types import Span
 
 MODEL = Arithmetic(4, 4)
 COST = DEVICES["demo-cpu"]
+LONG_S = 10.0
 
 
-def device(condition: Condition | None = None) -> SimDevice:
-    made = SimDevice(COST, ArithmeticRunner(MODEL), condition)
+def device(condition: Condition | None = None, cost: DeviceClass = COST) -> SimDevice:
+    made = SimDevice(cost, ArithmeticRunner(MODEL), condition)
     made.start()
     return made
 
@@ -73,6 +77,58 @@ def test_a_slow_machine_takes_longer_from_its_next_job_on() -> None:
         condition.slow_factor = 5.0
         ((later, _),) = await results(made, window(b"b"))
         assert round(later / once, 6) == 5.0
+
+    run(scene())
+
+
+async def took_s_while(
+    condition: Condition, slow_factor: float, factor_then: float, then_s: float
+) -> tuple[float, JobResult, float]:
+    """When a job of `LONG_S` ends, its result, and how long its device was busy."""
+    condition.slow_factor = slow_factor
+    made = device(condition, replace(COST, overhead_s=LONG_S))
+    asyncio.get_running_loop().call_later(then_s, setattr, condition, "slow_factor", factor_then)
+    ((took_s, result),) = await results(made, window(b"a"))
+    return took_s, result, made.busy_s
+
+
+@pytest.mark.parametrize(("slow_factor", "factor_then"), [(8.0, 1.0), (1.0, 8.0), (8.0, 80.0), (0.5, 4.0)])
+def test_the_rest_of_a_long_job_goes_as_fast_as_its_machine_does_by_then(
+    slow_factor: float, factor_then: float
+) -> None:
+    async def scene() -> None:
+        at_once_s, then_s = LONG_S, 3.7
+        took_s, result, busy_s = await took_s_while(Condition(), slow_factor, factor_then, then_s)
+        exact_s = then_s + (at_once_s - then_s / slow_factor) * factor_then
+        late_s = LOOK_AGAIN_S * abs(1 - factor_then / slow_factor)
+        assert abs(took_s - exact_s) <= late_s + 0.1
+        assert result.seconds == busy_s
+        assert round(took_s, 6) == round(result.seconds, 6)
+
+    run(scene())
+
+
+def test_a_machine_that_stays_as_it_is_changes_no_bit_of_a_jobs_time_however_long_it_is() -> None:
+    async def scene() -> None:
+        for slow_factor in (1.0, 3.1):
+            took_s, result, _ = await took_s_while(Condition(), slow_factor, slow_factor, 3.7)
+            expected_s = seconds(replace(COST, overhead_s=LONG_S), window(b"a")) * slow_factor
+            assert result.seconds == expected_s
+            assert round(took_s, 9) == round(expected_s, 9)
+
+    run(scene())
+
+
+def test_a_job_that_is_over_before_its_machine_is_looked_at_again_keeps_the_speed_that_it_found() -> None:
+    async def scene() -> None:
+        condition = Condition()
+        made = device(condition)
+        slow_factor = LOOK_AGAIN_S / seconds(COST, window(b"a")) * 0.99
+        condition.slow_factor = slow_factor
+        asyncio.get_running_loop().call_later(0.1, setattr, condition, "slow_factor", 1.0)
+        ((_, result),) = await results(made, window(b"a"))
+        assert condition.slow_factor == 1.0
+        assert result.seconds == seconds(COST, window(b"a")) * slow_factor
 
     run(scene())
 
