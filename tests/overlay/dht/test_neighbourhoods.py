@@ -1,0 +1,158 @@
+"""The nodes around a key as they were found: how long they are remembered, and what makes them be looked for anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from overlay.dht import limits
+from overlay.dht.neighbourhoods import Neighbourhoods
+from overlay.dht.records import location_of
+from overlay.dht.table import Contact
+from tests.overlay.network import identity
+
+PLACE = location_of(b"key")
+ALL = sorted(
+    (Contact(identity(number).peer_id) for number in range(1, 41)),
+    key=lambda contact: contact.long_id ^ int.from_bytes(PLACE, "big"),
+)
+NEAREST, FARTHER = ALL[:20], ALL[20:]
+
+
+def located(members: Sequence[Contact] = NEAREST, wanted: int = 20, now: float = 0.0) -> Neighbourhoods:
+    """One neighbourhood, just looked for."""
+    found = Neighbourhoods()
+    look(found, now, members, wanted)
+    return found
+
+
+def look(found: Neighbourhoods, now: float, members: Sequence[Contact] = NEAREST, wanted: int = 20) -> None:
+    found.located(PLACE, members, wanted, [contact.id for contact in members], now)
+
+
+def is_known(found: Neighbourhoods, now: float, wanted: int = 20, fresh_s: float = limits.LOCATED_S) -> bool:
+    return found.members(PLACE, wanted, now, fresh_s) != ()
+
+
+def test_what_was_never_looked_for_is_unknown() -> None:
+    found = Neighbourhoods()
+    assert found.members(PLACE, 1, 0.0) == ()
+    found.named(PLACE, NEAREST)
+    found.lost(PLACE, NEAREST[0])
+    found.changed(PLACE)
+    assert len(found) == 0
+
+
+def test_a_neighbourhood_is_remembered_for_so_long_the_nearest_first() -> None:
+    found = located()
+    assert found.members(PLACE, 20, limits.LOCATED_S - 0.1) == tuple(NEAREST)
+    assert not is_known(found, limits.LOCATED_S)
+
+
+def test_one_of_fewer_than_were_looked_for_is_remembered_for_less_long() -> None:
+    found = located(NEAREST[:19])
+    assert is_known(found, limits.LOCATED_LONELY_S - 0.1)
+    assert not is_known(found, limits.LOCATED_LONELY_S)
+
+
+def test_half_of_them_is_not_lonely_where_half_was_looked_for() -> None:
+    assert is_known(located(NEAREST[:10], wanted=10), limits.LOCATED_LONELY_S + 1, wanted=10)
+
+
+def test_who_wants_it_fresher_has_it_looked_for_sooner() -> None:
+    found = located()
+    assert is_known(found, 9.9, fresh_s=10.0)
+    assert not is_known(found, 10.0, fresh_s=10.0)
+    assert is_known(found, 10.0)
+
+
+def test_who_wants_more_than_were_looked_for_has_them_looked_for_and_who_wants_fewer_has_not() -> None:
+    found = located(NEAREST[:10], wanted=10)
+    assert not is_known(found, 1.0, wanted=11)
+    assert is_known(found, 1.0, wanted=10)
+    assert is_known(found, 1.0, wanted=4)
+
+
+def test_a_stranger_nearer_than_the_farthest_member_makes_it_be_looked_for_anew_but_not_at_once() -> None:
+    found = located(NEAREST[1:], wanted=19)
+    found.named(PLACE, [NEAREST[0]])
+    assert is_known(found, limits.RELOCATE_S - 0.1, wanted=19)
+    assert not is_known(found, limits.RELOCATE_S, wanted=19)
+
+
+def test_a_stranger_that_is_farther_than_all_members_is_no_news() -> None:
+    found = located()
+    found.named(PLACE, FARTHER)
+    assert is_known(found, limits.LOCATED_S - 0.1)
+
+
+def test_where_there_were_too_few_any_stranger_is_news() -> None:
+    found = located(NEAREST[:5])
+    found.named(PLACE, [FARTHER[-1]])
+    assert not is_known(found, limits.RELOCATE_S)
+
+
+def test_one_that_the_look_saw_and_found_dead_is_no_news() -> None:
+    found = Neighbourhoods()
+    found.located(PLACE, NEAREST[1:], 19, [NEAREST[0].id], 0.0)
+    found.named(PLACE, NEAREST)
+    assert is_known(found, limits.LOCATED_S - 0.1, wanted=19)
+
+
+def test_patience_doubles_while_looking_finds_the_same_up_to_a_bound() -> None:
+    found, now, waits = located(NEAREST[1:], wanted=19), 0.0, []
+    for _ in range(7):
+        found.changed(PLACE)
+        wait_s = 1.0
+        while is_known(found, now + wait_s, wanted=19):
+            wait_s += 1.0
+        waits.append(wait_s)
+        now += wait_s
+        look(found, now, NEAREST[1:], 19)
+    assert waits == [10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]
+
+
+def test_patience_begins_anew_where_looking_found_another_neighbourhood() -> None:
+    found = located()
+    look(found, 20.0)
+    look(found, 40.0, ALL[1:21])
+    found.changed(PLACE)
+    assert is_known(found, 49.0)
+    assert not is_known(found, 50.0)
+
+
+def test_members_that_do_not_answer_leave_and_half_of_them_lost_is_worth_a_look() -> None:
+    found = located()
+    for contact in NEAREST[:10]:
+        found.lost(PLACE, contact)
+    assert found.members(PLACE, 20, limits.RELOCATE_S) == tuple(NEAREST[10:])
+    found.lost(PLACE, NEAREST[10])
+    assert found.members(PLACE, 20, limits.RELOCATE_S - 0.1) == tuple(NEAREST[11:])
+    assert not is_known(found, limits.RELOCATE_S)
+
+
+def test_where_all_are_lost_nobody_waits_to_look() -> None:
+    found = located()
+    for contact in NEAREST:
+        found.lost(PLACE, contact)
+    assert not is_known(found, 0.1)
+
+
+def test_what_is_said_to_have_changed_is_looked_at_before_its_next_use() -> None:
+    found = located()
+    found.changed(PLACE)
+    assert not is_known(found, limits.RELOCATE_S)
+    look(found, limits.RELOCATE_S)
+    assert is_known(found, 3 * limits.RELOCATE_S), "the look settled it"
+
+
+def test_the_longest_unused_of_too_many_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "NEIGHBOURHOODS_MAX", 3)
+    found, places = Neighbourhoods(), [bytes([number]) * 32 for number in range(4)]
+    for place in places[:3]:
+        found.located(place, NEAREST, 20, [], 0.0)
+    assert found.members(places[0], 20, 1.0)
+    found.located(places[3], NEAREST, 20, [], 0.0)
+    assert len(found) == 3
+    assert [bool(found.members(place, 20, 1.0)) for place in places] == [True, False, True, True]
