@@ -70,6 +70,11 @@ class Neighbourhoods:
         self._known[place] = self._known.pop(place)
         return tuple(known.members.values())
 
+    def wanted(self, place: bytes) -> int:
+        """How many were looked for there the last time."""
+        known = self._known.get(place)
+        return 0 if known is None else known.wanted
+
     def named(self, place: bytes, contacts: Iterable[Contact]) -> None:
         """A member said who is near: a stranger that is nearer than our farthest member shows a change."""
         known = self._known.get(place)

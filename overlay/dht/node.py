@@ -289,6 +289,7 @@ class Dht:
         known = self._neighbourhoods.members(target.id, wanted, self._now(), fresh_s)
         if known:
             return known
+        wanted = max(wanted, self._neighbourhoods.wanted(target.id))
         lookup = self._lookup_for(target, wanted=wanted)
         found = await lookup.find()
         self._looked(lookup)
