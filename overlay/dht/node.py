@@ -23,6 +23,7 @@ from overlay.dht.following import FollowedKey
 from overlay.dht.freshness import NEVER, Freshness, id_in_part
 from overlay.dht.lookup import Found, LookupReport, NodeLookup, ValueLookup
 from overlay.dht.neighbourhoods import Neighbourhoods
+from overlay.dht.offering import Offering
 from overlay.dht.pages import Page, last_page, page_after, read_cursor
 from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
@@ -83,6 +84,9 @@ class Dht:
         self._life = ports.randomness.token(limits.LIFE_BYTES)
         self._salt = ports.randomness.token(limits.LIFE_BYTES)
         self._protocol = DhtProtocol(host, self, exempt_private=self.config.exempt_private)
+        self._offering = Offering(
+            self._publications, self._neighbourhoods, self._protocol, self, self.config.ksize, self._now, self._woken
+        )
         self._tasks: asyncio.TaskGroup | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -128,7 +132,11 @@ class Dht:
     def _now(self) -> float:
         return self._ports.clock.now()
 
-    def _spawn(self, name: str, work: Coroutine[Any, Any, None], prefix: str = "", at_once: int = 0) -> bool:
+    def _woken(self) -> None:
+        """What is due next may be another thing now."""
+        self._wake.set()
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, None], prefix: str = "", at_once: int = 0) -> bool:
         """Run once per name, and at most ``at_once`` with that prefix; else the work is left undone."""
         crowded = bool(at_once) and sum(1 for found in self._running if found.startswith(prefix)) >= at_once
         if self._tasks is None or self._closing or name in self._running or crowded:
@@ -232,12 +240,12 @@ class Dht:
     def publish(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> None:
         """Keep ``value`` published from now on; a new value replaces the former. Raises LimitExceeded."""
         publication = self._set(key, subkey, value, ttl_s)
-        self._replicate_soon(publication)
+        self._offering.offer_soon(publication)
 
     async def publish_and_wait(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> int:
         """As `publish`; returns how many nodes hold it. Cancelled, it goes on at its next turn."""
         publication = self._set(key, subkey, value, ttl_s)
-        await self._replicate(publication)
+        await self._offering.offer(publication)
         return len(publication.holders)
 
     async def withdraw(self, key: bytes, subkey: bytes) -> None:
@@ -245,7 +253,7 @@ class Dht:
         before = self._publications.get(key, subkey)
         if before is None or before.record.is_withdrawn:
             return
-        await self._replicate(self._set(key, subkey, b"", before.record.ttl_s))
+        await self._offering.offer(self._set(key, subkey, b"", before.record.ttl_s))
 
     def abandon(self, key: bytes, subkey: bytes) -> None:
         """Renew a record no more: its holders forget it at the end of its life. Costs no message, unlike `withdraw`."""
@@ -253,36 +261,6 @@ class Dht:
 
     def _set(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> Publication:
         return self._publications.set(key, subkey, value, ttl_s, self._now(), self._ports.wall_clock.now_s())
-
-    def _replicate_soon(self, publication: Publication) -> None:
-        record = publication.record
-        self._spawn(f"publish {record.key.hex()} {record.subkey.hex()}", self._replicate(publication))
-
-    async def _replicate(self, publication: Publication) -> None:
-        """Offer a record to the closest nodes; whatever newer value came meanwhile is offered at the next upkeep."""
-        publication.due = self._now() + limits.LOOKUP_S
-        contacts = await self.nearest_to(Node(publication.location), self.config.ksize)
-        await self._offer(publication, contacts[: self.config.ksize])
-
-    async def _offer(self, publication: Publication, contacts: Sequence[Contact]) -> None:
-        record, place = publication.record, Node(publication.location)
-        answers = await asyncio.gather(*(self._protocol.call_store(contact, [record], place) for contact in contacts))
-        holders = []
-        for contact, answer in zip(contacts, answers, strict=True):
-            if answer is None:
-                self._neighbourhoods.lost(place.id, contact)
-                self._neighbourhoods.changed(place.id)  # somebody is missing: look again before the next offer
-                continue
-            self._neighbourhoods.named(place.id, answer.contacts)
-            outcome, held = answer.outcomes[0]
-            if outcome in (Put.STORED, Put.UNCHANGED):
-                holders.append(contact)
-            elif outcome is Put.STALE:
-                self._publications.overtaken(held)
-        outcomes = [answer.outcomes[0][0] for answer in answers if answer is not None]
-        is_full = bool(outcomes) and all(outcome is Put.FULL for outcome in outcomes)
-        self._publications.offered(publication, holders, self._now(), is_full=is_full)
-        self._wake.set()
 
     async def nearest_to(self, target: Node, wanted: int, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
         """The ``wanted`` nodes nearest to ``target`` or more: as they were found not long ago, or by a lookup."""
@@ -294,27 +272,8 @@ class Dht:
         found = await lookup.find()
         self._looked(lookup)
         self._neighbourhoods.located(target.id, found, wanted, lookup.named(), self._now())
-        for publication, lacking in self._publications.lacked_by(target.id, found[: self.config.ksize]):
-            record = publication.record
-            self._spawn(f"publish {record.key.hex()} {record.subkey.hex()}", self._fill_up(publication, lacking))
+        self._offering.neighbourhood_found(target.id, found)
         return tuple(found)
-
-    async def _fill_up(self, publication: Publication, lacking: Sequence[Contact]) -> None:
-        """The neighbourhood of a record of ours is another one now: its new members get it at once."""
-        for contact in lacking:
-            answer = await self._protocol.call_store(contact, [publication.record])
-            if answer is not None and answer.outcomes[0][0] in (Put.STORED, Put.UNCHANGED):
-                self._publications.handed_over(publication, contact)
-
-    async def _hand_over(self, contact: Contact) -> None:
-        """Give a new contact those of our records that it is near enough to hold."""
-        wanted = self._publications.wanted_by(contact, self.config.ksize)
-        if not wanted:
-            return
-        answer = await self._protocol.call_store(contact, [entry.record for entry in wanted])
-        for entry, (outcome, _) in zip(wanted, answer.outcomes if answer is not None else (), strict=False):
-            if outcome in (Put.STORED, Put.UNCHANGED):
-                self._publications.handed_over(entry, contact)
 
     # --- reading ---
 
@@ -335,7 +294,7 @@ class Dht:
     def correct(self, contact: Contact, records: Sequence[Record]) -> None:
         """Tell a holder what it lacks; it takes it from its publisher."""
         work = self._correct(contact, list(records))
-        self._spawn(f"correct {contact.id.hex()}", work, "correct ", limits.FOREIGN_CHECKS_AT_ONCE)
+        self.spawn(f"correct {contact.id.hex()}", work, "correct ", limits.FOREIGN_CHECKS_AT_ONCE)
 
     async def get(self, key: bytes) -> tuple[Record, ...]:
         """Live records of a key, asked for once: verified, merged, in a fixed order; ours and those we hold are among them."""
@@ -420,7 +379,7 @@ class Dht:
     def _check_with_publisher(self, record: Record) -> None:
         work = self._fetch_from_publisher(record.publisher, record.key)
         name = f"check {record.publisher.short} {record.key.hex()}"
-        self._spawn(name, work, "check ", limits.FOREIGN_CHECKS_AT_ONCE)
+        self.spawn(name, work, "check ", limits.FOREIGN_CHECKS_AT_ONCE)
 
     async def _fetch_from_publisher(self, publisher: PeerId, key: bytes) -> None:
         """A record that somebody else brought is taken from its publisher, or not at all."""
@@ -465,7 +424,7 @@ class Dht:
         self._table.renew(known)
 
     def _consider(self, peer: PeerId) -> None:
-        self._spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
+        self.spawn(f"consider {peer}", self._ask_whether_alive(peer), "consider ", limits.CONSIDERED_AT_ONCE)
 
     async def _ask_whether_alive(self, peer: PeerId) -> None:
         known = self._table.get(node_id_of(peer))
@@ -513,7 +472,7 @@ class Dht:
             if now - oldest.seen > limits.CONTACT_FRESH_S:
                 self._consider(oldest.peer)
         elif self._table.get(fresh.id) is not None and self._publications.wanted_by(fresh, self.config.ksize):
-            self._spawn(f"hand over {fresh.peer}", self._hand_over(fresh))
+            self.spawn(f"hand over {fresh.peer}", self._offering.hand_over(fresh))
 
     def _connection_closed(self, connection: Connection) -> None:
         """A connection that broke is a reason to look after its peer; one that was left is none, and looking would dial again."""
@@ -547,18 +506,18 @@ class Dht:
         self._store.expire(now)
         for publication in self._publications.due(now):
             renewed = self._publications.renewed(publication, now, self._ports.wall_clock.now_s())
-            self._replicate_soon(renewed)
+            self._offering.offer_soon(renewed)
         if self._freshness.take_self(now):
             if self.ready:
-                self._spawn("look for self", self._look_for_self())
+                self.spawn("look for self", self._look_for_self())
             else:
-                self._spawn("meet again", self._meet_again())
+                self.spawn("meet again", self._meet_again())
         depth = self._freshness.take_part(now)
         if depth is not None:
-            self._spawn(f"refresh {depth}", self._refresh(depth))
+            self.spawn(f"refresh {depth}", self._refresh(depth))
         if self._lost and now >= self._lost_due:
             self._lost_due = now + limits.LOST_RETRY_S
-            self._spawn("look for the lost", self._look_for_lost())
+            self.spawn("look for the lost", self._look_for_lost())
 
     async def _meet_again(self) -> None:
         await self.bootstrap(self._remembered.items())

@@ -131,6 +131,10 @@ class Publications:
             return publication
         return self.set(record.key, record.subkey, record.value, record.ttl_s, now, wall_s)
 
+    def under_way(self, publication: Publication, now: float) -> None:
+        """It is being offered: not due again before that has ended, or failed."""
+        publication.due = now + limits.LOOKUP_S
+
     def offered(self, publication: Publication, holders: list[Contact], now: float, *, is_full: bool = False) -> None:
         """Those contacts hold it now: due again at half its life, or soon when nobody took it and not for want of room."""
         for contact in holders:
