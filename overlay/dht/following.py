@@ -82,11 +82,15 @@ class Known:
         self._make_room()
 
     def live(self, now: float) -> list[Record]:
-        """What isn't over. What is over stays known for as long again: an old copy that somebody brings then is no news."""
+        """What isn't over."""
+        return [record for record in self.latest(now) if not record.is_withdrawn]
+
+    def latest(self, now: float) -> list[Record]:
+        """As `live`, withdrawals too. What is over stays known for as long again: an old copy that somebody brings then is no news."""
         for name, told in list(self._told.items()):
             if now >= told.until + told.record.ttl_s:
                 self._forget(name)
-        return [told.record for told in self._told.values() if now < told.until and not told.record.is_withdrawn]
+        return [told.record for told in self._told.values() if now < told.until]
 
     def lacked(self, records: Sequence[Record], now: float) -> list[Record]:
         """Of what is known for a while, that which a holder that told all it has, ``records``, lacks."""
@@ -156,7 +160,7 @@ class FollowedKey:
 
     def _merged(self) -> tuple[Record, ...]:
         merged: dict[RecordName, Record] = {}
-        merge(merged, self._known.live(self._now()))
+        merge(merged, self._known.latest(self._now()))
         merge(merged, self._asker.records_of(self.key))
         live = [record for record in merged.values() if not record.is_withdrawn]
         return tuple(sorted(live, key=lambda record: record.name))
@@ -182,7 +186,7 @@ class FollowedKey:
                 async with asyncio.timeout(limits.LOOKUP_S):
                     while True:
                         now, patience_s = self._now(), patience_of(waited_s)
-                        late = sum(now - began >= patience_s for began in running.values())
+                        late = sum(began + patience_s <= now for began in running.values())
                         while waiting and answers + len(running) - late < wanted:
                             task = tasks.create_task(self._ask_one(waiting.pop(0)), name="dht read")
                             running[task] = now
