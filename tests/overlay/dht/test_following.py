@@ -155,6 +155,16 @@ def test_what_one_honest_holder_alone_tells_outlasts_anothers_flood() -> None:
     assert sum(number >= 1_000_000 for number in numbers(known)) == 100
 
 
+def test_what_another_confirms_stays_though_the_flooding_holder_told_it_first() -> None:
+    known, honest = Known(KEY), [plain(1_000_000 + number) for number in range(100)]
+    known.heard(b"liar", told(*(plain(number) for number in range(300))), 0.0)
+    known.heard(b"liar", told(*honest), 0.0)
+    known.heard(b"a", told(*honest), 0.0)
+    known.heard(b"liar", told(*(plain(number, limits.VALUE_BYTES_MAX, sequence=2) for number in range(300))), 0.0)
+    assert 100 < len(known) < 400
+    assert sum(number >= 1_000_000 for number in numbers(known)) == 100
+
+
 def test_what_all_tell_is_bounded_too() -> None:
     known = Known(KEY)
     many = [plain(number) for number in range(limits.RECORDS_PER_KEY_MAX + 10)]

@@ -1,0 +1,249 @@
+"""Keys that are followed on real hosts: what travels, what is seen of changes, and peers that know nothing of cursors."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from overlay.dht import limits
+from overlay.dht.following import FollowedKey
+from overlay.dht.node import Dht, DhtConfig
+from overlay.dht.pages import Page
+from overlay.dht.records import Record, decode_records, encode_records, location_of, seal_record
+from overlay.dht.store import Put, RecordStore
+from overlay.host import Host
+from overlay.identity import PeerId
+from overlay.rpc.types import Message, Part
+from overlay.rpc.unary import call, serve_unary
+from tests.overlay.dht.test_node import KEY, run_nodes
+from tests.overlay.network import LOOPBACK, identity, system_ports
+
+LIFE_S = 60.0
+
+
+class Wire:
+    """What holders tell, by request."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._told: list[int] = []
+        page_of = Dht.page_of
+
+        def noted(node: Dht, key: bytes, since: bytes | None) -> Page:
+            page = page_of(node, key, since)
+            self._told.append(len(page.records))
+            return page
+
+        monkeypatch.setattr(Dht, "page_of", noted)
+
+    def told(self) -> list[int]:
+        """How many records each answer held, since the last time."""
+        told, self._told = self._told, []
+        return told
+
+
+class Ahead:
+    """The loop's time, ahead by as much as a test says."""
+
+    def __init__(self) -> None:
+        self.by_s = 0.0
+
+    def __call__(self) -> float:
+        return asyncio.get_running_loop().time() + self.by_s
+
+
+async def read(followed: FollowedKey, *, thorough: bool = False) -> list[bytes]:
+    return sorted(record.value for record in await followed.read(thorough=thorough))
+
+
+def held_record(number: int, host: int = 50) -> Record:
+    return seal_record(identity(host), KEY, number.to_bytes(4, "big"), 1, 60, number.to_bytes(4, "big"))
+
+
+def test_a_second_read_brings_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(monkeypatch)
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        followed = nodes[-1].follow(KEY)
+        for number in range(5):
+            await nodes[1].publish_and_wait(KEY, bytes([number]), bytes([number]), LIFE_S)
+        wire.told()
+        assert len(await read(followed)) == 5
+        assert wire.told() == [5] * limits.READ_HOLDERS
+        assert len(await read(followed)) == 5
+        assert wire.told() == [0] * limits.READ_HOLDERS
+        await nodes[1].publish_and_wait(KEY, b"new", b"new", LIFE_S)
+        await nodes[2].publish_and_wait(KEY, bytes([0]), b"another's", LIFE_S)
+        assert len(await read(followed)) == 7
+        assert wire.told() == [2] * limits.READ_HOLDERS
+
+    run_nodes(7, scene, clients=1)
+
+
+def test_a_change_and_a_withdrawal_reach_who_follows() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        readers = [nodes[3].follow(KEY), nodes[-1].follow(KEY)]
+        for value in (b"first", b"second"):
+            await nodes[1].publish_and_wait(KEY, b"a", value, LIFE_S)
+            assert [await read(followed) for followed in readers] == [[value]] * 2
+        await nodes[1].withdraw(KEY, b"a")
+        assert [await read(followed) for followed in readers] == [[]] * 2
+        await nodes[1].publish_and_wait(KEY, b"a", b"again", LIFE_S)
+        assert [await read(followed) for followed in readers] == [[b"again"]] * 2
+
+    run_nodes(5, scene, clients=1)
+
+
+def test_a_holder_that_begins_anew_hides_nothing_new_and_loses_the_reader_nothing() -> None:
+    """Its numbers begin anew too: what it takes then has lower ones than what it told before."""
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        holder, publisher, reader = nodes
+        followed = reader.follow(KEY)
+        for number in range(3):
+            await publisher.publish_and_wait(KEY, bytes([number]), bytes([number]), LIFE_S)
+        assert len(await read(followed)) == 3
+        holder._store, holder._life = RecordStore(), b"another."
+        assert len(await read(followed)) == 3
+        holder._store, holder._life = RecordStore(), b"a third."
+        await publisher.publish_and_wait(KEY, b"late", b"late", LIFE_S)
+        assert holder.statistics().stored == 1
+        assert b"late" in await read(followed)
+
+    run_nodes(3, scene, clients=2)
+
+
+def test_a_record_that_is_not_renewed_goes_at_its_time_and_one_that_is_stays() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        ahead = Ahead()
+        followed = FollowedKey(KEY, nodes[-1], b"salt", ahead)
+        for subkey in (b"left", b"kept"):
+            await nodes[1].publish_and_wait(KEY, subkey, subkey, LIFE_S)
+        assert await read(followed) == [b"kept", b"left"]
+        ahead.by_s = LIFE_S / 2
+        await nodes[1].publish_and_wait(KEY, b"kept", b"kept", LIFE_S)
+        assert await read(followed) == [b"kept", b"left"]
+        ahead.by_s = LIFE_S + 5
+        assert await read(followed) == [b"kept"]
+
+    run_nodes(3, scene, clients=1)
+
+
+def test_more_records_than_a_page_holds_all_arrive_and_travel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(monkeypatch)
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        holder, reader = nodes
+        for number in range(300):
+            holder.publish(KEY, number.to_bytes(4, "big"), b"p" + number.to_bytes(4, "big"), LIFE_S)
+            assert holder._store.put(held_record(number), hosts[0].ports.clock.now()) is Put.STORED
+        followed = reader.follow(KEY)
+        assert len(await read(followed)) == 600
+        assert wire.told() == [256, 256, 88]
+        assert len(await read(followed)) == 600
+        assert wire.told() == [0]
+        assert len(await reader.get(KEY)) == 600, "who looks a key up once reads all pages too"
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_an_asker_that_knows_no_cursors_gets_the_newest() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        for number in range(limits.PAGE_RECORDS + 44):
+            nodes[0]._store.put(held_record(number), hosts[0].ports.clock.now())
+        question = Message("find_value", {"key": KEY, "target": location_of(KEY)})
+        answer = await call(hosts[1], hosts[0].peer_id, "/peerd/dht/1", question)
+        records = decode_records(bytes(answer.parts[0].data), limits.PAGE_RECORDS)
+        numbers = [int.from_bytes(record.value, "big") for record in records if record is not None]
+        assert sorted(numbers) == list(range(44, limits.PAGE_RECORDS + 44))
+
+    run_nodes(2, scene, clients=1)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"cursor": None, "left": None, "more": True},
+        {"cursor": "text", "left": [1], "more": 1},
+        {"cursor": b"x" * (limits.CURSOR_BYTES_MAX + 1), "left": ["a", None], "more": True},
+        {"cursor": b"", "left": [-5, 2.5], "more": True},
+        {"cursor": b"same", "left": [2**63, True], "more": True},
+    ],
+    ids=["none", "null", "of other types", "too long", "odd lives", "for ever the same page"],
+)
+def test_an_answer_without_a_good_cursor_or_lives_is_read_and_asked_for_anew(extra: dict[str, object]) -> None:
+    asked: list[object] = []
+
+    async def answer(peer: PeerId, request: Message) -> Message:
+        if request.kind == "find_value":
+            asked.append(request.header.get("since"))
+        packed = encode_records([held_record(1), held_record(2)])
+        return Message("value", {"nodes": [], **extra}, (Part("records", "uint8", (len(packed),), packed),))
+
+    async def main() -> None:
+        async with asyncio.timeout(20), AsyncExitStack() as stack:
+            old, host = (Host(identity(number), system_ports()) for number in (1, 2))
+            for each in (old, host):
+                await stack.enter_async_context(each)
+                await each.listen(LOOPBACK)
+            serve_unary(old, "/peerd/dht/1", dict.fromkeys(("ping", "find_node", "find_value", "store"), answer))
+            reader = await stack.enter_async_context(Dht(host, host.ports, DhtConfig(server=False)))
+            await reader.bootstrap([(old.peer_id, old.addresses)])
+            ahead = Ahead()
+            followed = FollowedKey(KEY, reader, b"salt", ahead)
+            assert len(await read(followed)) == 2
+            ahead.by_s = 55.0
+            assert len(await read(followed)) == 2, "they live as long as their publisher said"
+            assert len(asked) <= 4
+            assert all(since in (b"", b"same") for since in asked)
+
+    asyncio.run(main())
+
+
+def test_a_holder_that_pages_for_ever_is_left_after_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    async def answer(peer: PeerId, request: Message) -> Message:
+        if request.kind == "find_value":
+            asked.append(request.header.get("since"))
+        packed = encode_records([])
+        header = {"nodes": [], "cursor": len(asked).to_bytes(4, "big"), "left": [], "more": True}
+        return Message("value", header, (Part("records", "uint8", (len(packed),), packed),))
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        serve_unary(hosts[0], "/peerd/dht/1", {"find_value": answer})
+        (contact,) = nodes[1]._table.contacts()
+        found = await nodes[1].ask_for(contact, KEY, b"")
+        assert found is not None and found.cursor == limits.PAGES_MAX.to_bytes(4, "big")
+        assert len(asked) == limits.PAGES_MAX
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_a_holder_that_is_gone_is_replaced_and_the_key_still_read() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await nodes[1].publish_and_wait(KEY, b"a", b"kept", LIFE_S)
+        followed = nodes[-1].follow(KEY)
+        assert await read(followed) == [b"kept"]
+        for gone in (2, 3, 4):
+            nodes[gone]._protocol.stop()
+        await nodes[1].publish_and_wait(KEY, b"a", b"new", LIFE_S)
+        assert await read(followed) == [b"new"]
+
+    run_nodes(7, scene, clients=1)
+
+
+def test_who_follows_does_not_look_for_the_holders_each_time() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        reader = nodes[-1]
+        await nodes[1].publish_and_wait(KEY, b"a", b"kept", LIFE_S)
+        followed = reader.follow(KEY)
+        await read(followed)
+        before = reader.statistics().calls
+        for _ in range(5):
+            await read(followed)
+        assert reader.statistics().calls - before == 5 * limits.READ_HOLDERS
+
+    run_nodes(7, scene, clients=1)
