@@ -152,8 +152,8 @@ class Publications:
         """What a new contact should hold: it is nearer than the farthest holder, or there are too few."""
         wanted = []
         for entry in self._entries.values():
-            if contact.id in entry.holders:
-                continue
+            if contact.id in entry.holders or entry.is_abandoned:
+                continue  # it would live on there after we have forgotten it
             distance = contact.long_id ^ int.from_bytes(entry.location, "big")
             if len(entry.holders) < ksize or distance < max(entry.holders.values()):
                 wanted.append(entry)

@@ -70,3 +70,99 @@ def test_a_peer_may_store_so_often_and_no_more_until_time_has_passed() -> None:
     assert rate.admit(b"other", 0.0)
     assert not rate.admit(b"p", 1.0)
     assert rate.admit(b"p", 7.0)
+
+
+LARGE = limits.VALUE_BYTES_MAX
+FITTING = limits.BYTES_PER_KEY_MAX // sealed(value=bytes(LARGE)).size_bytes
+
+
+def full_of_bytes(group: str = "10.0.0.0/24") -> RecordStore:
+    """With a key of as many large records as it may have."""
+    store = RecordStore()
+    for number in range(FITTING):
+        assert store.put(sealed(number + 1, value=bytes(LARGE)), 0.0, group) is Put.STORED
+    return store
+
+
+def test_the_bytes_of_one_key_are_bounded_and_other_keys_have_room() -> None:
+    store = full_of_bytes()
+    assert FITTING < limits.RECORDS_PER_KEY_MAX
+    assert store.put(sealed(9000, value=bytes(LARGE)), 0.0, "10.0.0.0/24") is Put.FULL
+    other = seal_record(identity(9000), b"another key", b"", 1, 60, bytes(LARGE))
+    assert store.put(other, 0.0, "10.0.0.0/24") is Put.STORED
+
+
+def test_a_key_full_of_bytes_makes_room_for_a_rarer_address_group() -> None:
+    store = full_of_bytes()
+    assert store.put(sealed(9000, value=bytes(LARGE)), 0.0, "192.0.2.0/24") is Put.STORED
+    assert store.count == FITTING
+
+
+def test_room_is_not_made_where_one_that_goes_would_not_be_enough() -> None:
+    store = RecordStore()
+    for number in range(FITTING):
+        store.put(sealed(number + 1, value=bytes(LARGE)), 0.0, "")
+    spare = limits.BYTES_PER_KEY_MAX - FITTING * sealed(value=bytes(LARGE)).size_bytes
+    small = sealed(8000, value=b"x")
+    assert small.size_bytes <= spare, "a small one fits yet"
+    store.put(small, 0.0, "")
+    before = store.count
+    assert store.put(sealed(9000, value=bytes(LARGE)), 0.0, "192.0.2.0/24") is Put.FULL
+    assert store.count == before, "nothing went for nothing"
+
+
+def test_a_renewal_may_not_grow_a_key_past_its_bytes_and_the_former_version_stays() -> None:
+    store = full_of_bytes()
+    while store.put(sealed(store.count + 1, value=b"x"), 0.0, "10.0.0.0/24") is Put.STORED:
+        assert store.count < FITTING + 40
+    small = store.count
+    assert store.put(sealed(small, sequence=2, value=bytes(LARGE)), 1.0) is Put.FULL
+    assert [record.sequence for record in store.get(KEY, 1.0) if record.publisher == identity(small).peer_id] == [1]
+    assert store.put(sealed(1, sequence=2, value=bytes(LARGE)), 1.0) is Put.STORED, "one as large as before"
+    assert store.put(sealed(2, sequence=2, value=b"x"), 1.0) is Put.STORED, "one that shrinks"
+    assert store.put(sealed(small, sequence=2, value=bytes(LARGE)), 1.0) is Put.STORED, "in the room that made"
+
+
+def test_what_expires_frees_the_bytes_of_its_key() -> None:
+    store = full_of_bytes()
+    assert store.put(sealed(9000, value=bytes(LARGE)), 60.0, "10.0.0.0/24") is Put.STORED
+    assert store.count == 1
+    for number in range(FITTING - 1):
+        assert store.put(sealed(number + 1, sequence=2, value=bytes(LARGE)), 60.0, "10.0.0.0/24") is Put.STORED
+    assert store.put(sealed(9001, value=bytes(LARGE)), 60.0, "10.0.0.0/24") is Put.FULL
+
+
+def test_newer_records_are_those_taken_after_a_serial_the_oldest_first_with_the_life_they_have_left() -> None:
+    store = RecordStore()
+    for number in range(1, 6):
+        store.put(sealed(number, ttl_s=60), float(number))
+    everything = store.newer(KEY, 0, 10.0)
+    assert [entry.record for entry in everything] == [sealed(number, ttl_s=60) for number in range(1, 6)]
+    assert [entry.left_s for entry in everything] == [51.0, 52.0, 53.0, 54.0, 55.0]
+    assert store.newer(KEY, everything[2].serial, 10.0) == everything[3:]
+    assert store.newer(KEY, everything[-1].serial, 10.0) == []
+    assert store.newer(b"another key", 0, 10.0) == []
+
+
+def test_what_is_renewed_is_newer_and_told_last_and_what_is_over_is_not_told() -> None:
+    store = RecordStore()
+    for number in range(1, 4):
+        store.put(sealed(number, ttl_s=60), 0.0)
+    last = store.newer(KEY, 0, 0.0)[-1].serial
+    store.put(sealed(1, sequence=1, ttl_s=60), 30.0)
+    assert store.newer(KEY, last, 30.0) == [], "the same again is no news"
+    store.put(sealed(1, sequence=2, ttl_s=60), 30.0)
+    assert [entry.record.sequence for entry in store.newer(KEY, last, 30.0)] == [2]
+    assert store.newer(KEY, 0, 30.0)[-1].record == sealed(1, sequence=2, ttl_s=60)
+    assert [entry.record for entry in store.newer(KEY, 0, 60.0)] == [sealed(1, sequence=2, ttl_s=60)]
+
+
+def test_serials_are_of_the_whole_store_so_that_no_key_says_the_same_one_twice() -> None:
+    store = RecordStore()
+    other = seal_record(identity(1), b"another key", b"sub", 1, 60, b"x")
+    store.put(sealed(1), 0.0)
+    store.put(other, 0.0)
+    store.put(sealed(2), 61.0)
+    ((again,), (first,)) = store.newer(KEY, 0, 61.0), store.newer(KEY, 0, 61.0)
+    assert again == first
+    assert again.serial == 3, "a key that was empty in between goes on from there"
