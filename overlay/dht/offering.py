@@ -86,9 +86,12 @@ class Offering:
 
     async def _fill_up(self, publication: Publication, lacking: Sequence[Contact]) -> None:
         for contact in lacking:
+            if not self._publications.is_current(publication):
+                break
             answer = await self._protocol.call_store(contact, [publication.record])
             if answer is not None and answer.outcomes[0][0] in TAKEN:
                 self._publications.handed_over(publication, contact)
+        self._offered()  # whatever newer value came meanwhile is due
 
     async def hand_over(self, contact: Contact) -> None:
         """Give a new contact those of our records that it is near enough to hold."""
