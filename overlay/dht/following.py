@@ -26,8 +26,8 @@ class Asker(Protocol):
     async def nearest_to(self, target: Node, wanted: int, *, fresh_s: float = limits.LOCATED_S) -> tuple[Contact, ...]:
         """The ``wanted`` nodes nearest to ``target`` or more, looked for where that is older than ``fresh_s``."""
 
-    async def ask_for(self, contact: Contact, key: bytes, since: bytes) -> Found | None:
-        """What a holder has under a key after a cursor."""
+    async def ask_for(self, contact: Contact, key: bytes, since: bytes, known: Sequence[bytes]) -> Found | None:
+        """What a holder has under a key after a cursor, without the records whose fingerprints are ``known``."""
 
     def records_of(self, key: bytes) -> list[Record]:
         """What this node publishes and holds itself."""
@@ -50,7 +50,8 @@ class Known:
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._told: dict[RecordName, _Told] = {}
-        self._cursors: dict[bytes, bytes] = {}
+        self._cursors: dict[bytes, tuple[bytes, float]] = {}
+        """Of each holder, and when it gave it."""
         self._size_bytes = 0
 
     def __len__(self) -> int:
@@ -58,7 +59,12 @@ class Known:
 
     def cursor_of(self, holder: bytes) -> bytes:
         """What that holder gave with its last answer; empty for one that has told nothing."""
-        return self._cursors.get(holder, b"")
+        return self._cursors[holder][0] if holder in self._cursors else b""
+
+    def news_for(self, holder: bytes) -> list[Record]:
+        """What that holder might tell though it is known: what was heard from others since its last answer."""
+        since = self._cursors[holder][1] if self.cursor_of(holder) else float("-inf")
+        return [told.record for told in self._told.values() if told.first_seen >= since]
 
     def keep_cursors_of(self, holders: Sequence[Contact]) -> None:
         """Nobody else will be asked."""
@@ -78,7 +84,7 @@ class Known:
             else:
                 told.until = max(told.until, min(until, told.first_seen + record.ttl_s))
                 told.tellers[holder] = None
-        self._cursors[holder] = found.cursor
+        self._cursors[holder] = found.cursor, now
         self._make_room()
 
     def live(self, now: float) -> list[Record]:
@@ -92,16 +98,12 @@ class Known:
                 self._forget(name)
         return [told.record for told in self._told.values() if now < told.until]
 
-    def lacked(self, records: Sequence[Record], now: float) -> list[Record]:
-        """Of what is known for a while, that which a holder that told all it has, ``records``, lacks."""
-        held = {record.name: record.sequence for record in records}
+    def lacked(self, lacking: Sequence[Record], now: float) -> list[Record]:
+        """Of what a holder says that it lacks, what is known for a while: the rest may still be on its way."""
         since = now - limits.CORRECTED_AFTER_S
-        lacking = [
-            told.record
-            for name, told in self._told.items()
-            if told.first_seen <= since and now < told.until and held.get(name, -1) < told.record.sequence
-        ]
-        return lacking[: limits.CORRECTED_RECORDS_MAX]
+        found = [self._told[record.name] for record in lacking if record.name in self._told]
+        old = [told.record for told in found if told.first_seen <= since and now < told.until]
+        return old[: limits.CORRECTED_RECORDS_MAX]
 
     def _forget(self, name: RecordName) -> None:
         self._size_bytes -= self._told.pop(name).record.size_bytes
@@ -148,10 +150,17 @@ class FollowedKey:
             holders = await self._asker.nearest_to(self._target, limits.LOCATED_HOLDERS, fresh_s=fresh_s)
             self._known.keep_cursors_of(holders)
             wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS
-            self.answers = await self._ask(self._order(holders), wanted)
+            self.answers = await self._ask_in_turn(self._order(holders), wanted)
             if self.answers and not self._known.live(self._now()):
                 await self._ask_all(fresh_s)
         return self._merged()
+
+    async def _ask_in_turn(self, order: list[Contact], wanted: int) -> int:
+        """All at once where little is told; else one first, so that what it tells isn't told again by the others."""
+        if 0 < len(self._known) <= limits.AT_ONCE_RECORDS_MAX:
+            return await self._ask(order, wanted)
+        first = await self._ask(order, 1)
+        return first + await self._ask(order, wanted - first) if first else 0
 
     async def _ask_all(self, fresh_s: float) -> None:
         """Before a key is said to have no records: the nearest few may know only each other."""
@@ -175,9 +184,11 @@ class FollowedKey:
         turn = self._turn % len(drawn) if drawn else 0
         return [*drawn[turn:], *drawn[:turn]]
 
-    async def _ask(self, order: Sequence[Contact], wanted: int) -> int:
-        """Ask the first ``wanted``; who fails, or takes longer than is usual, is replaced by the next. Returns how many answered."""
-        waiting = list(order)
+    async def _ask(self, waiting: list[Contact], wanted: int) -> int:
+        """Ask the first ``wanted`` of those waiting; who fails, or takes longer than is usual, is replaced by the next.
+
+        Returns how many answered; in ``waiting`` stay those that weren't asked.
+        """
         running: dict[asyncio.Task[bool], float] = {}
         waited_s: list[float] = []
         answers = 0
@@ -207,12 +218,12 @@ class FollowedKey:
                     task.cancel()
 
     async def _ask_one(self, contact: Contact) -> bool:
-        since = self._known.cursor_of(contact.id)
-        found = await self._asker.ask_for(contact, self.key, since)
+        since, news = self._known.cursor_of(contact.id), self._known.news_for(contact.id)
+        found = await self._asker.ask_for(contact, self.key, since, [record.fingerprint for record in news])
         if found is None:
             return False
         now = self._now()
         self._known.heard(contact.id, found, now)
-        if not since and (lacking := self._known.lacked(found.records, now)):
+        if lacking := self._known.lacked([news[place] for place in found.lacks], now):
             self._asker.correct(contact, lacking)
         return True

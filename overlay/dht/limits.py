@@ -78,6 +78,9 @@ PAGE_BYTES = 256 << 10
 """Of records in one answer, or a single one: a tenth of a second of a home's uplink. What is left follows when it is asked for."""
 PAGES_MAX = 16
 """Of one holder, in one go."""
+FINGERPRINT_BYTES = 8
+"""Of a record's signature: what an asker says of the records that it knows already."""
+LACKS_TOLD_MAX = 16
 ANSWER_RECORDS_MAX = 768
 """Of peers that know no pages."""
 MESSAGE_BYTES_MAX = 256 * RECORD_BYTES_MAX + (64 << 10)
@@ -126,6 +129,8 @@ LOCATED_HOLDERS = 10
 READ_HOLDERS = 4
 READ_HOLDERS_THOROUGH = 10
 """Where blocks seem to be missing."""
+AT_ONCE_RECORDS_MAX = 64
+"""With more records under a key than these, one holder is asked first, and the others for what that one didn't tell."""
 ROTATE_S = 60.0
 """So often another holder takes the place of one that is read: none can hide a record for long."""
 CORRECTED_AFTER_S = 10.0

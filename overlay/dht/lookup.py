@@ -31,6 +31,8 @@ class Found:
     """Of each record, how many seconds the peer will still hold it, as it says; at most the record's own time to live."""
     cursor: bytes = b""
     """For the same peer, to be told only what is newer the next time; empty from one that knows none."""
+    lacks: tuple[int, ...] = ()
+    """Places of those fingerprints among the ones it was asked with that the peer has no record for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from overlay.dht.freshness import NEVER, Freshness, id_in_part
 from overlay.dht.lookup import Found, LookupReport, NodeLookup, ValueLookup
 from overlay.dht.neighbourhoods import Neighbourhoods
 from overlay.dht.offering import Offering
-from overlay.dht.pages import Page, last_page, page_after, read_cursor
+from overlay.dht.pages import Page, lacks, last_page, page_after, read_cursor
 from overlay.dht.protocol import DHT, DhtProtocol, is_gone
 from overlay.dht.publishing import Publication, Publications
 from overlay.dht.records import Record, RecordName, location_of, merge
@@ -281,10 +281,10 @@ class Dht:
         """For a key that is read again and again."""
         return FollowedKey(key, self, self._salt, self._now)
 
-    async def ask_for(self, contact: Contact, key: bytes, since: bytes) -> Found | None:
+    async def ask_for(self, contact: Contact, key: bytes, since: bytes, known: Sequence[bytes]) -> Found | None:
         """One holder's part of a followed key."""
         place = location_of(key)
-        found = await self._protocol.call_find_value(contact, key, Node(place), since, limits.NEAR)
+        found = await self._protocol.call_find_value(contact, key, Node(place), since, limits.NEAR, known)
         if found is None:
             self._neighbourhoods.lost(place, contact)
         else:
@@ -344,12 +344,15 @@ class Dht:
         """What this node holds for others under a key."""
         return self._store.get(key, self._now())
 
-    def page_of(self, key: bytes, since: bytes | None) -> Page:
-        """What an asker with that cursor hasn't been told; see `overlay.dht.pages`."""
+    def page_of(self, key: bytes, since: bytes | None, known: Sequence[bytes] = ()) -> Page:
+        """What an asker with that cursor hasn't been told, nor knows; see `overlay.dht.pages`."""
         cursor, now = read_cursor(since or b"", self._life), self._now()
         published = self._publications.newer(key, cursor.published, now)
         stored = self._store.newer(key, cursor.stored, now)
-        return (last_page if since is None else page_after)(cursor, published, stored)
+        if since is None:
+            return last_page(cursor, published, stored)
+        page = page_after(cursor, published, stored, dict.fromkeys(known))
+        return page if since or not known else replace(page, lacks=lacks(known, self.records_of(key)))
 
     def records_of(self, key: bytes) -> list[Record]:
         """What we publish and what we hold, merged."""

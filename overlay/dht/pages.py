@@ -7,7 +7,7 @@ gave them; only that holder reads it. Nothing is remembered of askers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from overlay.dht import limits
@@ -61,18 +61,37 @@ class Page:
     left_s: tuple[int, ...]
     cursor: Cursor
     more: bool
+    lacks: tuple[int, ...] = ()
+    """Of what the asker knows, what isn't here, by its place."""
 
 
-def page_after(since: Cursor, published: Sequence[Entry], stored: Sequence[Entry]) -> Page:
-    """As much as goes into one answer of what is newer than ``since``; both in the order of their serials, the oldest first."""
-    told = _fitting([*published, *stored])
-    own, others = told[: len(published)], told[len(published) :]
-    cursor = Cursor(
-        since.life,
-        own[-1].serial if own else since.published,
-        others[-1].serial if others else since.stored,
-    )
-    return _page(told, cursor, more=len(told) < len(published) + len(stored))
+def page_after(
+    since: Cursor, published: Sequence[Entry], stored: Sequence[Entry], known: Collection[bytes] = ()
+) -> Page:
+    """As much as goes into one answer of what is newer than ``since``; both in the order of their serials, the oldest first.
+
+    Of records whose fingerprints are ``known`` to the asker it is told nothing.
+    """
+    own = [entry for entry in published if entry.record.fingerprint not in known]
+    others = [entry for entry in stored if entry.record.fingerprint not in known]
+    told = _fitting([*own, *others])
+    if len(told) == len(own) + len(others):
+        return _page(
+            told, Cursor(since.life, _last(published, since.published), _last(stored, since.stored)), more=False
+        )
+    told_own, told_others = told[: len(own)], told[len(own) :]
+    passed = Cursor(since.life, _last(told_own, since.published), _last(told_others, since.stored))
+    return _page(told, passed, more=True)
+
+
+def _last(entries: Sequence[Entry], before: int) -> int:
+    return entries[-1].serial if entries else before
+
+
+def lacks(known: Sequence[bytes], held: Iterable[Record]) -> tuple[int, ...]:
+    """The places of the first few of an asker's fingerprints that this node has no record for."""
+    ours = {record.fingerprint: None for record in held}
+    return tuple([place for place, one in enumerate(known) if one not in ours][: limits.LACKS_TOLD_MAX])
 
 
 def last_page(since: Cursor, published: Sequence[Entry], stored: Sequence[Entry]) -> Page:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 DHT = "/peerd/dht/1"
 RECORDS_PART = "records"
+KNOWN_PART = "known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,11 @@ class DhtPeer(Protocol):
     """What the wire asks of the node behind it."""
 
     def closest(self, target: Node, asker: PeerId) -> list[Contact]: ...
-    def page_of(self, key: bytes, since: bytes | None) -> Page:
-        """What we publish and hold under a key, after the cursor that an asker brought; None from one that knows no pages."""
+    def page_of(self, key: bytes, since: bytes | None, known: Sequence[bytes] = ()) -> Page:
+        """What we publish and hold under a key, after the cursor that an asker brought (None from one that knows no pages).
+
+        ``known``: fingerprints of what the asker needs no more.
+        """
 
     def offer(self, record: Record | None, sender: PeerId) -> tuple[Put, int]: ...
     def heard_from(self, peer: PeerId, addresses: Sequence[Multiaddr]) -> None:
@@ -104,12 +108,13 @@ class DhtProtocol:
             raise ProtocolViolation("A DHT request names no target.")
         self._heard_from(peer, request)
         since = request.header.get("since")
-        page = self._peer.page_of(key, since if isinstance(since, bytes) else None)
+        page = self._peer.page_of(key, since if isinstance(since, bytes) else None, _fingerprints(request))
         header = {
             "nodes": self._describe(target, peer, _count_of(request)),
             "cursor": page.cursor.encode(),
             "left": page.left_s,
             "more": page.more,
+            "lacks": page.lacks,
         }
         return Message("value", header, (_records_part(encode_records(page.records)),))
 
@@ -150,17 +155,27 @@ class DhtProtocol:
         return None if answer is None else Found(self._read_nodes(answer.header, contact.peer))
 
     async def call_find_value(
-        self, contact: Contact, key: bytes, target: Node, since: bytes = b"", near: int = limits.KSIZE
+        self,
+        contact: Contact,
+        key: bytes,
+        target: Node,
+        since: bytes = b"",
+        near: int = limits.KSIZE,
+        known: Sequence[bytes] = (),
     ) -> Found | None:
-        """What the peer has under ``key`` after the cursor ``since``, and the ``near`` nodes nearest to it, page by page."""
+        """What the peer has under ``key`` after the cursor ``since``, page by page, and the ``near`` nodes nearest to it.
+
+        It tells nothing of records whose fingerprints are ``known``, except which of them it lacks.
+        """
+        parts = (_bytes_part(KNOWN_PART, b"".join(known)),) if known else ()
         found: Found | None = None
         for _ in range(limits.PAGES_MAX):
             header: dict[str, Any] = {"key": key, "target": target.id, "count": near, "since": since}
-            answer = await self._call(contact, Message("find_value", header))
+            answer = await self._call(contact, Message("find_value", header, parts))
             if answer is None:
                 break
             try:
-                page = self._read_value(answer, key, contact.peer)
+                page = self._read_value(answer, key, contact.peer, len(known))
             except ProtocolViolation as error:
                 self._peer.call_ended(contact, error)
                 break
@@ -170,7 +185,7 @@ class DhtProtocol:
             since, near = page.cursor, 0
         return found
 
-    def _read_value(self, answer: Message, key: bytes, source: PeerId) -> Found:
+    def _read_value(self, answer: Message, key: bytes, source: PeerId, known: int) -> Found:
         entries = decode_records(_records_bytes(answer), limits.ANSWER_RECORDS_MAX)
         left = answer.header.get("left")
         lives = left if isinstance(left, list) and len(left) == len(entries) else [None] * len(entries)
@@ -179,12 +194,13 @@ class DhtProtocol:
             for record, life in zip(entries, lives, strict=True)
             if record is not None and record.key == key
         ]
-        cursor = answer.header.get("cursor")
+        cursor, lacks = answer.header.get("cursor"), answer.header.get("lacks")
         return Found(
             self._read_nodes(answer.header, source),
             tuple(record for record, _ in good),
             tuple(_life_of(record, life) for record, life in good),
             cursor if isinstance(cursor, bytes) and len(cursor) <= limits.CURSOR_BYTES_MAX else b"",
+            _places(lacks, known),
         )
 
     async def call_store(self, contact: Contact, records: Sequence[Record], near: Node | None = None) -> Stored | None:
@@ -326,11 +342,33 @@ def _life_of(record: Record, left: object) -> float:
 
 
 def _together(first: Found, then: Found) -> Found:
-    return Found(first.contacts, (*first.records, *then.records), (*first.left_s, *then.left_s), then.cursor)
+    return Found(
+        first.contacts, (*first.records, *then.records), (*first.left_s, *then.left_s), then.cursor, first.lacks
+    )
+
+
+def _fingerprints(request: Message) -> list[bytes]:
+    """What an asker knows; of a longer list than a key can hold nothing is read."""
+    size = limits.FINGERPRINT_BYTES
+    for part in request.parts:
+        if part.name == KNOWN_PART and len(part.data) <= limits.RECORDS_PER_KEY_MAX * size:
+            data = bytes(part.data)
+            return [data[at : at + size] for at in range(0, len(data) - size + 1, size)]
+    return []
+
+
+def _places(listed: object, count: int) -> tuple[int, ...]:
+    if not isinstance(listed, list):
+        return ()
+    return tuple([place for place in listed[: limits.LACKS_TOLD_MAX] if type(place) is int and 0 <= place < count])
 
 
 def _records_part(packed: bytes) -> Part:
-    return Part(RECORDS_PART, "uint8", (len(packed),), packed)
+    return _bytes_part(RECORDS_PART, packed)
+
+
+def _bytes_part(name: str, data: bytes) -> Part:
+    return Part(name, "uint8", (len(data),), data)
 
 
 def _records_bytes(message: Message) -> bytes:

@@ -42,6 +42,11 @@ class Record:
         return (self.publisher.multihash, self.subkey)
 
     @property
+    def fingerprint(self) -> bytes:
+        """A few bytes by which two nodes that both hold this very record know that they do."""
+        return self.signature[: limits.FINGERPRINT_BYTES]
+
+    @property
     def is_withdrawn(self) -> bool:
         return not self.value
 
