@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from blocks.model.identity import Manifest, make_manifest
 from blocks.model.source import resolve
+from netsim.loop import run
 from overlay.dht.node import Dht
+from overlay.dht.records import Record
 from overlay.errors import DialError
 from overlay.host import Host
 from peerd.announcer import Announcer
+from peerd.manifest_record import encode_manifest
 from peerd.model_exchange import ModelFetcher, ModelShelf, NobodyHasIt
 from peerd.swarm import FRESH_S, AmbiguousModel, Swarm, UnknownModel
 from routing.errors import BlocksPending, BlocksUnserved
 from routing.placement import choose_span
-from routing.records import SpanRecord, State
+from routing.records import MANIFESTS_KEY, SpanRecord, State, span_keys
 from routing.types import ComputeClass, Span
 from tests.models import make_tiny
 from tests.overlay.network import LOOPBACK, identity, system_ports
@@ -291,3 +296,203 @@ def test_a_driver_fetches_what_it_lacks_and_believes_only_the_manifest(manifest:
             await ModelFetcher(reader.host, tmp_path / "fresh").text_files(manifest, servers)
 
     run_members(2, scene)
+
+
+# --- when it looks, in virtual time ---
+
+READ_S = 0.5
+
+
+class Holders:
+    """What the DHT has under each key, as of each moment; notes who reads what when."""
+
+    def __init__(self) -> None:
+        self.under: dict[bytes, list[Record]] = {}
+        self.reads: list[tuple[bytes, float, bool]] = []
+
+    def follow(self, key: bytes) -> Followed:
+        return Followed(self, key)
+
+    def put(self, key: bytes, publisher: int, value: bytes) -> None:
+        self.under.setdefault(key, []).append(Record(key, identity(publisher).peer_id, b"", 1, 3600, value, b""))
+
+    def looks(self, key: bytes, *, thorough: bool | None = None) -> list[float]:
+        """When a key was read, from the start of the run."""
+        found = [at for read, at, was_thorough in self.reads if read == key and thorough in (None, was_thorough)]
+        return [round(at - self.reads[0][1], 3) for at in found]
+
+
+@dataclass
+class Followed:
+    holders: Holders
+    key: bytes
+
+    async def read(self, *, thorough: bool = False) -> tuple[Record, ...]:
+        self.holders.reads.append((self.key, asyncio.get_running_loop().time(), thorough))
+        told = tuple(self.holders.under.get(self.key, ()))
+        await asyncio.sleep(READ_S)
+        return told
+
+
+def span_of(manifest: Manifest, server: int, span: Span) -> bytes:
+    peer = identity(server).peer_id.multihash
+    return SpanRecord(peer, (), manifest.model, span, State.ONLINE, FLOAT32, step_s=0.001).encode()
+
+
+def watching(manifest: Manifest, servers: int, span: Span, scene: Callable[[Swarm, Holders], Awaitable[None]]) -> None:
+    """A daemon's swarm in the background, in a network with so many servers of ``span``, the first of which publishes the manifest."""
+
+    async def main() -> None:
+        ports, holders = system_ports(), Holders()
+        holders.put(MANIFESTS_KEY, 100, encode_manifest(manifest))
+        for server in range(100, 100 + servers):
+            holders.put(key_of(manifest), server, span_of(manifest, server, span))
+        swarm = Swarm(Host(identity(1), ports), cast(Dht, holders), ports.clock, ports.randomness)
+        async with asyncio.timeout(1e5), asyncio.TaskGroup() as group:
+            background = group.create_task(swarm.run())
+            await scene(swarm, holders)
+            background.cancel()
+
+    run(main())
+
+
+def key_of(manifest: Manifest) -> bytes:
+    (key,) = span_keys(manifest.model, Span(0, 4))
+    return key
+
+
+@pytest.mark.parametrize(("servers", "every_s"), [(1, 10.0), (100, 10.0), (150, 15.0), (400, 20.0)])
+def test_an_idle_daemon_that_knows_many_servers_looks_less_often(
+    manifest: Manifest, servers: int, every_s: float
+) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(120)
+        assert len(swarm.view(manifest.model).servers) == servers
+        looks = holders.looks(key_of(manifest))
+        assert len(looks) > 4
+        for before, after in itertools.pairwise(looks):
+            assert every_s <= after - before <= every_s + 2 * READ_S
+        assert holders.looks(key_of(manifest), thorough=True) == []
+
+    watching(manifest, servers, Span(0, 4), scene)
+
+
+def test_a_daemon_that_drives_looks_often_for_a_while_however_many_servers_there_are(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(100)
+        holders.reads.clear()
+        swarm.stay_fresh()
+        await asyncio.sleep(60)
+        looks = holders.looks(key_of(manifest))
+        gaps = [after - before for before, after in itertools.pairwise(looks)]
+        assert all(2.5 <= gap <= 3.0 for gap in gaps[:4]), "manifests are looked at in one of them"
+        assert gaps[-1] >= 20.0
+
+    watching(manifest, 400, Span(0, 4), scene)
+
+
+def test_an_idle_daemon_reads_manifests_every_minute_and_one_that_drives_oftener(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(200)
+        gaps = [after - before for before, after in itertools.pairwise(holders.looks(MANIFESTS_KEY))]
+        assert len(gaps) >= 2
+        assert all(60.0 <= gap <= 71.0 for gap in gaps)
+        holders.reads.clear()
+        for _ in range(4):
+            swarm.stay_fresh()
+            await asyncio.sleep(10)
+        looks = holders.looks(MANIFESTS_KEY)
+        assert len(looks) >= 4
+        assert all(8.0 <= after - before <= 11.0 for before, after in itertools.pairwise(looks))
+
+    watching(manifest, 2, Span(0, 4), scene)
+
+
+@pytest.mark.parametrize("demand", ["look_now", "refresh"])
+def test_an_idle_daemon_reads_manifests_at_once_on_demand(manifest: Manifest, demand: str) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(25)
+        began = asyncio.get_running_loop().time()
+        holders.reads.clear()
+        if demand == "refresh":
+            await swarm.refresh()
+        else:
+            swarm.look_now()
+            await asyncio.sleep(READ_S)
+        key, at, thorough = holders.reads[0]
+        assert (key, at, thorough) == (MANIFESTS_KEY, began, demand == "refresh")
+
+    watching(manifest, 2, Span(0, 4), scene)
+
+
+def test_where_no_model_is_known_manifests_are_read_all_the_time(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        holders.under.clear()
+        await asyncio.sleep(20)
+        assert len(holders.looks(MANIFESTS_KEY)) >= 7
+
+    watching(manifest, 0, Span(0, 4), scene)
+
+
+@pytest.mark.xfail(reason="the end of a read of manifests overwrites a demand that came during it", strict=True)
+@pytest.mark.parametrize("demand", ["look_now", "refresh"])
+def test_a_demand_that_comes_while_manifests_are_being_read_has_them_read_again(
+    manifest: Manifest, demand: str
+) -> None:
+    """What was read already is older than the demand."""
+
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        while len(holders.looks(MANIFESTS_KEY)) < 2:
+            await asyncio.sleep(READ_S / 2)
+        looks = len(holders.looks(MANIFESTS_KEY))
+        if demand == "refresh":
+            await swarm.refresh()
+        else:
+            swarm.look_now()
+            await asyncio.sleep(5 * READ_S)
+        assert len(holders.looks(MANIFESTS_KEY)) == looks + 1
+
+    watching(manifest, 2, Span(0, 4), scene)
+
+
+def test_blocks_are_said_to_be_unserved_only_by_a_thorough_look_that_is_fresh(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        while len(holders.looks(key_of(manifest))) < 3:
+            await asyncio.sleep(READ_S / 2)
+        await asyncio.sleep(READ_S)
+        with pytest.raises(BlocksPending, match="2:4"):  # an idle look has just ended
+            swarm.plan(manifest.model, FLOAT32, ())
+        holders.reads.clear()
+        await asyncio.sleep(2 * READ_S + 0.1)
+        assert holders.looks(key_of(manifest), thorough=True), "the failed plan asked for a thorough look"
+        with pytest.raises(BlocksUnserved, match="2:4"):
+            swarm.plan(manifest.model, FLOAT32, ())
+        await asyncio.sleep(FRESH_S - READ_S)
+
+    watching(manifest, 2, Span(0, 2), scene)
+
+
+def test_looks_at_whole_routes_are_light(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(5)
+        for _ in range(5):
+            swarm.plan(manifest.model, FLOAT32, ())
+            await asyncio.sleep(2)
+        assert len(holders.looks(key_of(manifest))) >= 4
+        assert holders.looks(key_of(manifest), thorough=True) == []
+
+    watching(manifest, 2, Span(0, 4), scene)
+
+
+def test_who_finds_blocks_missing_looks_thoroughly_first_and_who_finds_none_does_not_look(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(5)
+        holders.put(key_of(manifest), 150, span_of(manifest, 150, Span(2, 4)))
+        await swarm.freshen(manifest.model)
+        assert len(swarm.plan(manifest.model, FLOAT32, ()).hops) == 2
+        reads = len(holders.reads)
+        await swarm.freshen(manifest.model)
+        assert len(holders.reads) == reads
+        assert holders.looks(key_of(manifest), thorough=True)
+
+    watching(manifest, 1, Span(0, 2), scene)
