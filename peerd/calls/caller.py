@@ -22,6 +22,7 @@ from overlay.errors import Blame, PeerdError
 from overlay.host import Host
 from overlay.ports import Clock, Randomness
 from overlay.rpc.types import DTYPE_BYTES, Message, Part
+from peerd.calls.quiet import QUIET_S, QuietServers
 from peerd.calls.remote import call_remote
 from peerd.calls.tape import MicroTape, Section, Tape, section_batch
 from peerd.decoding import DriverModel
@@ -92,6 +93,7 @@ class BatchCaller:
         self._clock = clock
         self._randomness = randomness
         self._spreads: dict[ModelId, Spread] = {}
+        self._quiet = QuietServers()
         self._self_peer = host.peer_id.multihash
         self.servers_lost = 0
         """Calls that lost their server, so far; a call that loses several counts several times."""
@@ -227,12 +229,22 @@ class BatchCaller:
         if server.peer == self._self_peer:
             answer = await self._service.call_local(request)
         else:
-            answer = await call_remote(self._host, server.peer, server.addresses, request)
+            answer = await self._ask_remote(server, request)
         work = 1 if grad is None else 3  # backward runs forward again, and costs twice as much itself
         tokens = work * request.rows * request.tokens
         self._spread(model.model).took(server, tokens, len(run), self._clock.now() - began)
         self._planner.praise((server.peer,))
         return answer
+
+    async def _ask_remote(self, server: SpanRecord, request: CallRequest) -> Message:
+        def expect(due_s: float) -> None:
+            self._quiet.expect(server.peer, request.call, self._clock.now() + due_s)
+
+        expect(QUIET_S)
+        try:
+            return await call_remote(self._host, server.peer, server.addresses, request, expect)
+        finally:
+            self._quiet.end(server.peer, request.call)
 
     def _failed(self, job: _Job, server: SpanRecord, error: PeerdError, left: list[bytes]) -> bool:
         """Leave the server alone for a while, and say whose fault it was; True: the call left it for the first time after a wait there.
@@ -290,11 +302,12 @@ class BatchCaller:
             await self._planner.wait_changed(LOOK_S)
 
     def _holders(self, job: _Job, span: Span, *, whole: bool) -> list[SpanRecord]:
-        """Online servers of ``span`` (of its first block, unless ``whole``) that are not to be left alone."""
+        """Online servers of ``span`` (of its first block, unless ``whole``) that are not to be left alone: the best that there are."""
         now = self._clock.now()
         found = [server for server in self._online(job, span, whole=whole) if job.avoided.get(server.peer, now) <= now]
         healthy = [server for server in found if not self._planner.health.is_avoided(server.peer, now)]
-        return healthy or found
+        heard = [server for server in healthy if not self._quiet.is_quiet(server.peer, now)]
+        return heard or healthy or found
 
     def _away(self, job: _Job, span: Span) -> bool:
         """Whether some server of the first block is only left alone for now."""

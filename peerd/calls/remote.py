@@ -7,7 +7,7 @@ has others before us, from one that is lost. Knows nothing of micro-batches or o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blocks.call_service import TENSORS_PROTOCOL, fault_of_error
@@ -23,6 +23,7 @@ from overlay.rpc.channel import MessageChannel
 from overlay.rpc.limits import HEADER_BYTES_MAX, NONCE_BYTES
 from overlay.rpc.types import Message
 from overlay.stream import Priority, Stream
+from peerd.calls.quiet import QUIET_S
 
 OPEN_TIMEOUT_S = 8.0
 CALL_SILENCE_S = 5.0
@@ -79,6 +80,11 @@ class _Ears:
         else:
             self.answer.cancel()
 
+    def word_due_s(self, now: float, queued_bytes: int) -> float:
+        """In how many seconds the next word of a server that is well has come; negative when it is overdue."""
+        queued_s = 0.0 if self.heard else queued_bytes / UPLOAD_BYTES_PER_S
+        return QUIET_S + queued_s - (now - self.heard_at)
+
     def overdue(self, now: float, queued_bytes: int) -> CallFault | None:
         """Whether the server is lost, by what it said."""
         if not self.heard:
@@ -93,8 +99,22 @@ class _Ears:
         return None
 
 
-async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request: CallRequest) -> Message:
-    """One call. Raises CallFault, ProtocolViolation or the overlay's errors. Cancel-safe: the stream is reset."""
+def _nobody_asks(due_s: float) -> None:
+    """When the next word is due."""
+
+
+async def call_remote(
+    host: Host,
+    peer: bytes,
+    addresses: Sequence[str],
+    request: CallRequest,
+    expect: Callable[[float], None] = _nobody_asks,
+) -> Message:
+    """One call. Raises CallFault, ProtocolViolation or the overlay's errors. Cancel-safe: the stream is reset.
+
+    Args:
+        expect: hears, every `LOOK_S` once there is a stream, in how many seconds the server's next word is due.
+    """
     stream: Stream = await host.open_stream(
         _named(peer),
         TENSORS_PROTOCOL,
@@ -115,7 +135,7 @@ async def call_remote(host: Host, peer: bytes, addresses: Sequence[str], request
         except PeerdError:
             if not ears.answer.done():  # what came before the write failed is the better word
                 raise
-        answer = await _answer(ears, stream)
+        answer = await _answer(ears, stream, expect)
         fault = calls.fault_of_answer(request, request.digest(message.parts_digest), answer)
         if fault is not None:
             raise ProtocolViolation(f"A server answered a call with {fault}.")
@@ -146,9 +166,10 @@ def _readable(addresses: Sequence[str]) -> list[Multiaddr]:
     return found
 
 
-async def _answer(ears: _Ears, stream: Stream) -> Message:
+async def _answer(ears: _Ears, stream: Stream, expect: Callable[[float], None]) -> Message:
     loop = asyncio.get_running_loop()
     while True:
+        expect(ears.word_due_s(loop.time(), stream.outgoing_bytes))
         done, _ = await asyncio.wait((ears.answer,), timeout=LOOK_S)
         if done:
             return ears.answer.result()

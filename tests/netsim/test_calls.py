@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -43,10 +43,12 @@ def test_only_a_server_that_has_a_call_is_struck_and_every_kind_before_any_again
     struck: list[tuple[str, bool]] = []
     strike_one = Striker.strike_one
 
-    async def counted(host: Host, peer: bytes, addresses: Sequence[str], request: CallRequest) -> Message:
+    async def counted(
+        host: Host, peer: bytes, addresses: Sequence[str], request: CallRequest, expect: Callable[[float], None]
+    ) -> Message:
         asked[peer] += 1
         try:
-            return await call_remote(host, peer, addresses, request)
+            return await call_remote(host, peer, addresses, request, expect)
         finally:
             asked[peer] -= 1
 

@@ -24,14 +24,23 @@ from overlay.stream import Stream
 from peerd.calls import caller as caller_module
 from peerd.calls import remote
 from peerd.calls.caller import Gradients
+from peerd.calls.quiet import QUIET_S
 from peerd.calls.remote import call_remote
-from routing.types import Span
+from routing.types import ModelId, Span
 from tests.models import make_tiny
 from tests.peerd.calls.field import Field, Server, data
 from tests.ring import CLASS, until
 
 BLOCKS = 4
 WHOLE = Span(0, BLOCKS)
+REQUEST = CallRequest(
+    calls.FORWARD,
+    b"c" * 16,
+    ModelId(bytes(32)),
+    str(CLASS),
+    WHOLE,
+    Batch(Part("hidden", "float32", (1, 1, 1), bytes(4))),
+)
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +263,72 @@ def test_a_server_that_takes_a_call_and_says_nothing_is_lost(model: Path, monkey
         assert field.swarm.blamed == [(frozen.peer, "silent")]
 
     run(model, work)
+
+
+def fall_silent(server: Server, asked: list[bytes]) -> None:
+    """Let ``server`` take calls, and say nothing."""
+
+    async def hang(stream: Stream) -> None:
+        asked.append(server.peer)
+        await asyncio.Event().wait()
+
+    server.node.host.unserve(TENSORS_PROTOCOL)
+    server.node.host.serve(TENSORS_PROTOCOL, hang)
+
+
+def test_of_two_servers_that_fall_silent_at_once_neither_is_asked_what_the_other_was(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+    monkeypatch.setattr(caller_module, "MICRO_BATCH_TOKENS", 7)  # a row a micro-batch
+    for module in (caller_module, remote):
+        monkeypatch.setattr(module, "QUIET_S", 0.3)
+
+    async def work(field: Field) -> None:
+        silent = [await field.server(0, 4) for _ in range(2)]
+        spare = await field.server(0, 4)
+        field.swarm.records[2] = replace(spare.record, prefill_s=10.0)
+        await field.caller.forward(field.model, WHOLE, field.batch(rows=3))
+        assert [len(server.device.jobs) for server in field.servers] == [1, 1, 1], "the slow one has had its share"
+        asked: list[bytes] = []
+        for server in silent:
+            fall_silent(server, asked)
+        batch = field.batch(rows=2, seed=1)
+        output, _ = await field.caller.forward(field.model, WHOLE, batch)
+        assert sorted(asked) == sorted(server.peer for server in silent), "each was asked once"
+        assert sorted(field.swarm.blamed) == sorted((server.peer, "silent") for server in silent)
+        async with Field(model, BLOCKS) as alone:
+            await alone.server(0, BLOCKS)
+            assert data(output) == data((await alone.caller.forward(alone.model, WHOLE, batch))[0])
+
+    run(model, work)
+
+
+def test_a_quiet_server_is_asked_all_the_same_where_there_is_no_other(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller_module, "MICRO_BATCH_TOKENS", 7)
+    for module in (caller_module, remote):
+        monkeypatch.setattr(module, "QUIET_S", -1.0)
+
+    async def work(field: Field) -> None:
+        server = await field.server(0, 4)
+        output, _ = await field.caller.forward(field.model, WHOLE, field.batch(rows=3))
+        assert any(data(output)) and field.swarm.blamed == []
+        assert len(server.device.jobs) == 3
+
+    run(model, work)
+
+
+def test_the_first_word_is_due_later_by_what_is_queued_before_it_and_each_after_the_last() -> None:
+    async def main() -> None:
+        ears = remote._Ears(REQUEST, b"n", 100.0)
+        assert ears.word_due_s(101.0, 0) == QUIET_S - 1
+        assert ears.word_due_s(101.0, 2 * remote.UPLOAD_BYTES_PER_S) == QUIET_S + 1
+        ears.heard, ears.heard_at = True, 102.0
+        assert ears.word_due_s(102.5, 2 * remote.UPLOAD_BYTES_PER_S) == QUIET_S - 0.5
+
+    asyncio.run(main())
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
