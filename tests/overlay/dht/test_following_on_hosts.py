@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import pytest
@@ -13,12 +14,13 @@ from overlay.dht.node import Dht, DhtConfig
 from overlay.dht.pages import Page
 from overlay.dht.records import Record, decode_records, encode_records, location_of, seal_record
 from overlay.dht.store import Put, RecordStore
+from overlay.dht.table import Contact
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call, serve_unary
 from tests.overlay.dht.test_node import KEY, run_nodes
-from tests.overlay.network import LOOPBACK, identity, system_ports
+from tests.overlay.network import LOOPBACK, identity, system_ports, until
 
 LIFE_S = 60.0
 
@@ -30,8 +32,8 @@ class Wire:
         self._told: list[int] = []
         page_of = Dht.page_of
 
-        def noted(node: Dht, key: bytes, since: bytes | None) -> Page:
-            page = page_of(node, key, since)
+        def noted(node: Dht, key: bytes, since: bytes | None, known: Sequence[bytes] = ()) -> Page:
+            page = page_of(node, key, since, known)
             self._told.append(len(page.records))
             return page
 
@@ -57,6 +59,11 @@ async def read(followed: FollowedKey, *, thorough: bool = False) -> list[bytes]:
     return sorted(record.value for record in await followed.read(thorough=thorough))
 
 
+def members(node: Dht, host: Host) -> tuple[Contact, ...]:
+    """The neighbourhood of the key as that node remembers it."""
+    return node._neighbourhoods.members(location_of(KEY), 1, host.ports.clock.now())
+
+
 def held_record(number: int, host: int = 50) -> Record:
     return seal_record(identity(host), KEY, number.to_bytes(4, "big"), 1, 60, number.to_bytes(4, "big"))
 
@@ -70,7 +77,7 @@ def test_a_second_read_brings_only_what_is_new(monkeypatch: pytest.MonkeyPatch) 
             await nodes[1].publish_and_wait(KEY, bytes([number]), bytes([number]), LIFE_S)
         wire.told()
         assert len(await read(followed)) == 5
-        assert wire.told() == [5] * limits.READ_HOLDERS
+        assert wire.told() == [5, 0, 0, 0], "the first tells all, and the others what it didn't tell"
         assert len(await read(followed)) == 5
         assert wire.told() == [0] * limits.READ_HOLDERS
         await nodes[1].publish_and_wait(KEY, b"new", b"new", LIFE_S)
@@ -215,7 +222,7 @@ def test_a_holder_that_pages_for_ever_is_left_after_so_many(monkeypatch: pytest.
     async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
         serve_unary(hosts[0], "/peerd/dht/1", {"find_value": answer})
         (contact,) = nodes[1]._table.contacts()
-        found = await nodes[1].ask_for(contact, KEY, b"")
+        found = await nodes[1].ask_for(contact, KEY, b"", [])
         assert found is not None and found.cursor == limits.PAGES_MAX.to_bytes(4, "big")
         assert len(asked) == limits.PAGES_MAX
 
@@ -231,8 +238,33 @@ def test_a_holder_that_is_gone_is_replaced_and_the_key_still_read() -> None:
             nodes[gone]._protocol.stop()
         await nodes[1].publish_and_wait(KEY, b"a", b"new", LIFE_S)
         assert await read(followed) == [b"new"]
+        assert followed.answers == 3, "of six, three are left"
+        left = [host.peer_id for host in (hosts[0], hosts[1], hosts[5])]
+        assert sorted(contact.peer for contact in members(nodes[-1], hosts[-1])) == sorted(left)
 
     run_nodes(7, scene, clients=1)
+
+
+def test_a_newcomer_that_a_holder_names_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RELOCATE_S", 0.0)
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        reader = nodes[-1]
+        await nodes[1].publish_and_wait(KEY, b"a", b"kept", LIFE_S)
+        followed = reader.follow(KEY)
+        assert await read(followed) == [b"kept"]
+        assert await read(followed) == [b"kept"]
+        assert len(members(reader, hosts[-1])) == 2, "nothing changed, and nothing is looked for"
+        async with Host(identity(99), system_ports()) as host:
+            await host.listen(LOOPBACK)
+            async with Dht(host, host.ports) as newcomer:
+                await newcomer.bootstrap([(None, hosts[0].addresses)])
+                await until(lambda: any(peer == host.peer_id for peer, _ in nodes[0].known_peers()))
+                for _ in range(2):
+                    assert await read(followed) == [b"kept"]
+                assert host.peer_id in [contact.peer for contact in members(reader, hosts[-1])]
+
+    run_nodes(3, scene, clients=1)
 
 
 def test_who_follows_does_not_look_for_the_holders_each_time() -> None:

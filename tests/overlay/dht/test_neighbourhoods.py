@@ -74,6 +74,12 @@ def test_who_wants_more_than_were_looked_for_has_them_looked_for_and_who_wants_f
     assert is_known(found, 1.0, wanted=4)
 
 
+def test_how_many_were_looked_for_is_remembered_after_it_has_to_be_looked_for_again() -> None:
+    found = located(NEAREST[:10], wanted=10)
+    assert not is_known(found, limits.LOCATED_S, wanted=10)
+    assert (found.wanted(PLACE), found.wanted(location_of(b"another key"))) == (10, 0)
+
+
 def test_a_stranger_nearer_than_the_farthest_member_makes_it_be_looked_for_anew_but_not_at_once() -> None:
     found = located(NEAREST[1:], wanted=19)
     found.named(PLACE, [NEAREST[0]])

@@ -161,8 +161,8 @@ def test_nothing_reads_a_clock_or_draws_but_through_the_ports(monkeypatch: pytes
 
     monkeypatch.setattr(kademlia.routing, "time", PoisonedTime())
     shells, cores = (
-        ("node", "lookup", "protocol"),
-        ("table", "store", "records", "publishing", "freshness", "acquaintances"),
+        ("node", "lookup", "protocol", "following", "offering"),
+        ("table", "store", "records", "publishing", "freshness", "acquaintances", "pages", "neighbourhoods"),
     )
     for module in (*shells, *cores):
         loaded = __import__(f"overlay.dht.{module}", fromlist=["*"])

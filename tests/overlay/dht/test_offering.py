@@ -117,6 +117,18 @@ def test_renewals_go_to_the_holders_without_a_look_for_them(monkeypatch: pytest.
     run_nodes(5, scene, clients=1)
 
 
+def test_who_reads_a_key_that_it_publishes_under_looks_for_as_many_nodes_as_it_offers_to() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        publisher = nodes[-1]
+        await publisher.publish_and_wait(KEY, b"a", b"one", TTL_S)
+        await publisher.nearest_to(Node(location_of(KEY)), 1, fresh_s=0.0)  # type: ignore[no-untyped-call]
+        before = publisher.statistics().calls
+        assert await publisher.publish_and_wait(KEY, b"a", b"two", TTL_S) == 7
+        assert publisher.statistics().calls - before == 7
+
+    run_nodes(8, scene, clients=1)
+
+
 def test_a_holder_that_does_not_answer_makes_the_neighbourhood_be_looked_for_before_the_next_offer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
