@@ -229,6 +229,73 @@ def test_a_holder_that_pages_for_ever_is_left_after_so_many(monkeypatch: pytest.
     run_nodes(2, scene, clients=1)
 
 
+@pytest.mark.parametrize(
+    "known",
+    [
+        b"",
+        b"short",
+        bytes(limits.FINGERPRINT_BYTES),
+        bytes((limits.RECORDS_PER_KEY_MAX + 1) * limits.FINGERPRINT_BYTES),
+    ],
+    ids=["none", "short", "of no record", "too many"],
+)
+def test_what_an_asker_says_that_it_knows_in_vain_hides_nothing(known: bytes) -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        nodes[0]._store.put(held_record(1), hosts[0].ports.clock.now())
+        question = Message(
+            "find_value",
+            {"key": KEY, "target": location_of(KEY), "since": b""},
+            (Part("known", "uint8", (len(known),), known),),
+        )
+        answer = await call(hosts[1], hosts[0].peer_id, "/peerd/dht/1", question)
+        assert decode_records(bytes(answer.parts[0].data), 10) == [held_record(1)]
+        assert answer.header["lacks"] == ([0] if len(known) == limits.FINGERPRINT_BYTES else [])
+
+    run_nodes(2, scene, clients=1)
+
+
+@pytest.mark.parametrize("lacks", [None, 7, {}, [-1], [1], [2**63], [True], ["0"], [[0]], [0] * 1000])
+def test_what_a_holder_says_that_it_lacks_names_what_it_was_asked_with_or_nothing(lacks: object) -> None:
+    async def answer(peer: PeerId, request: Message) -> Message:
+        packed = encode_records([])
+        header = {"nodes": [], "cursor": b"c", "left": [], "lacks": lacks}
+        return Message("value", header, (Part("records", "uint8", (len(packed),), packed),))
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        serve_unary(hosts[0], "/peerd/dht/1", {"find_value": answer})
+        (contact,) = nodes[1]._table.contacts()
+        found = await nodes[1].ask_for(contact, KEY, b"", [bytes(limits.FINGERPRINT_BYTES)])
+        assert found is not None
+        assert set(found.lacks) <= {0}
+        assert len(found.lacks) <= limits.LACKS_TOLD_MAX
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_a_holder_that_lost_a_record_is_told_of_it_by_who_follows_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CORRECTED_AFTER_S", 0.0)
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        await nodes[0].publish_and_wait(KEY, b"a", b"kept", LIFE_S)
+        forgetful, followed = nodes[1], nodes[-1].follow(KEY)
+        forgetful._store = RecordStore()
+        followed._salt = next(
+            salt
+            for salt in (bytes([number]) for number in range(100))
+            if _is_first(FollowedKey(KEY, nodes[-1], salt, Ahead()), hosts[0], hosts[1])
+        )
+        assert await read(followed) == [b"kept"]
+        await until(lambda: forgetful.statistics().stored == 1)
+
+    run_nodes(3, scene, clients=1)
+
+
+def _is_first(followed: FollowedKey, one: Host, other: Host) -> bool:
+    """Whether that reader asks the one before the other."""
+    order = followed._order([Contact(one.peer_id), Contact(other.peer_id)])
+    return order[0].peer == one.peer_id
+
+
 def test_a_holder_that_is_gone_is_replaced_and_the_key_still_read() -> None:
     async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
         await nodes[1].publish_and_wait(KEY, b"a", b"kept", LIFE_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overlay.dht import limits
-from overlay.dht.pages import Cursor, Entry, Page, last_page, page_after, read_cursor
+from overlay.dht.pages import Cursor, Entry, Page, lacks, last_page, page_after, read_cursor
 from overlay.dht.records import Record
 from tests.overlay.dht.test_records import KEY, sealed
 from tests.overlay.network import identity
@@ -18,7 +18,11 @@ def entries(count: int, first: int = 1, value_bytes: int = 1, left_s: float = 60
     """So many records, with the serials from ``first`` on; nobody here looks at their signatures."""
     value, publisher = bytes(value_bytes), identity(1).peer_id
     return [
-        Entry(Record(KEY, publisher, serial.to_bytes(4, "big"), 1, 60, value, b""), serial, left_s)
+        Entry(
+            Record(KEY, publisher, serial.to_bytes(4, "big"), 1, 60, value, bytes(4) + serial.to_bytes(4, "big")),
+            serial,
+            left_s,
+        )
         for serial in range(first, first + count)
     ]
 
@@ -112,6 +116,52 @@ def test_a_page_that_ends_among_the_publications_leaves_what_is_held_for_the_nex
     page = page_after(Cursor(LIFE, 0, 0), entries(limits.PAGE_RECORDS), entries(1))
     assert page.cursor == Cursor(LIFE, limits.PAGE_RECORDS, 0)
     assert page.more
+
+
+def fingerprints(found: list[Entry]) -> list[bytes]:
+    return [entry.record.fingerprint for entry in found]
+
+
+def test_of_what_an_asker_knows_it_is_told_nothing_and_the_cursor_passes_it() -> None:
+    published, stored = entries(2, first=10), entries(4)
+    page = page_after(BEGINNING, published, stored, fingerprints(published[1:] + stored[2:]))
+    assert serials(page) == [10, 1, 2]
+    assert (page.cursor, page.more) == (Cursor(LIFE, 11, 4), False)
+    page = page_after(BEGINNING, published, stored, fingerprints(published + stored))
+    assert (page.records, page.cursor) == ((), Cursor(LIFE, 11, 4))
+
+
+def test_what_is_known_takes_no_room_in_a_page_and_nothing_that_is_not_is_passed_over() -> None:
+    stored = entries(2 * limits.PAGE_RECORDS + 20)
+    known = fingerprints(stored[::2])
+    page = page_after(BEGINNING, [], stored, known)
+    assert serials(page) == list(range(2, 2 * limits.PAGE_RECORDS + 1, 2))
+    assert (page.cursor, page.more) == (Cursor(LIFE, 0, 2 * limits.PAGE_RECORDS), True)
+    rest = page_after(page.cursor, [], stored[2 * limits.PAGE_RECORDS :], known)
+    assert serials(rest) == list(range(2 * limits.PAGE_RECORDS + 2, 2 * limits.PAGE_RECORDS + 21, 2))
+    assert not rest.more
+
+
+def test_a_page_that_ends_among_publications_passes_nothing_that_is_held_also_where_much_is_known() -> None:
+    published, stored = entries(limits.PAGE_RECORDS + 2, first=1000), entries(3)
+    page = page_after(BEGINNING, published, stored, fingerprints(published[:1] + stored[:2]))
+    assert serials(page) == list(range(1001, 1001 + limits.PAGE_RECORDS))
+    assert (page.cursor, page.more) == (Cursor(LIFE, 1000 + limits.PAGE_RECORDS, 0), True)
+
+
+def test_of_what_an_asker_knows_the_first_few_that_a_holder_lacks_are_named_by_their_places() -> None:
+    known = entries(6)
+    held = [entry.record for entry in (known[0], known[3], *entries(2, first=100))]
+    assert lacks(fingerprints(known), held) == (1, 2, 4, 5)
+    assert lacks([], held) == ()
+    assert len(lacks(fingerprints(entries(100)), [])) == limits.LACKS_TOLD_MAX
+
+
+def test_another_version_of_a_record_is_another_record() -> None:
+    former, latter = sealed(sequence=1), sealed(sequence=2)
+    assert former.fingerprint != latter.fingerprint
+    assert page_after(BEGINNING, [], [Entry(latter, 1, 60.0)], [former.fingerprint]).records == (latter,)
+    assert lacks([former.fingerprint], [latter]) == (0,)
 
 
 def test_who_knows_no_pages_gets_the_newest_and_is_told_of_no_more() -> None:
