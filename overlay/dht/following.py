@@ -61,10 +61,17 @@ class Known:
         """What that holder gave with its last answer; empty for one that has told nothing."""
         return self._cursors[holder][0] if holder in self._cursors else b""
 
-    def news_for(self, holder: bytes) -> list[Record]:
-        """What that holder might tell though it is known: what was heard from others since its last answer."""
+    def news_for(self, holder: bytes, now: float) -> list[Record]:
+        """What that holder might tell though it is known: what was heard from others since its last answer.
+
+        Not what is in the second half of its life: it is late for its renewal, and how long it has left isn't left to one holder.
+        """
         since = self._cursors[holder][1] if self.cursor_of(holder) else float("-inf")
-        return [told.record for told in self._told.values() if told.first_seen >= since]
+        return [
+            told.record
+            for told in self._told.values()
+            if told.first_seen >= since and told.until - now >= told.record.ttl_s / 2
+        ]
 
     def keep_cursors_of(self, holders: Sequence[Contact]) -> None:
         """Nobody else will be asked."""
@@ -218,7 +225,7 @@ class FollowedKey:
                     task.cancel()
 
     async def _ask_one(self, contact: Contact) -> bool:
-        since, news = self._known.cursor_of(contact.id), self._known.news_for(contact.id)
+        since, news = self._known.cursor_of(contact.id), self._known.news_for(contact.id, self._now())
         found = await self._asker.ask_for(contact, self.key, since, [record.fingerprint for record in news])
         if found is None:
             return False

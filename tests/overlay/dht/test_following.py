@@ -140,11 +140,22 @@ def test_what_a_holder_might_tell_again_is_what_was_heard_from_others_since_its_
     known.heard(b"a", told(sealed(1)), 0.0)
     known.heard(b"b", told(sealed(2)), 5.0)
     known.heard(b"b", told(sealed(3)), 8.0)
-    assert known.news_for(b"a") == [sealed(1), sealed(2), sealed(3)], "in the moment of an answer others may have come"
-    assert known.news_for(b"b") == [sealed(3)]
-    assert known.news_for(b"stranger") == [sealed(1), sealed(2), sealed(3)]
+    assert known.news_for(b"a", 9.0) == [sealed(1), sealed(2), sealed(3)], (
+        "in the moment of an answer others may have come"
+    )
+    assert known.news_for(b"b", 9.0) == [sealed(3)]
+    assert known.news_for(b"stranger", 9.0) == [sealed(1), sealed(2), sealed(3)]
     known.heard(b"old", told(cursor=b""), 9.0)
-    assert known.news_for(b"old") == [sealed(1), sealed(2), sealed(3)], "one without cursors tells all each time"
+    assert known.news_for(b"old", 9.0) == [sealed(1), sealed(2), sealed(3)], "one without cursors tells all each time"
+
+
+def test_what_has_less_than_half_of_its_life_left_may_be_told_again_by_others() -> None:
+    known = Known(KEY)
+    known.heard(b"a", told(sealed(1, ttl_s=60), left_s=29.9), 0.0)
+    known.heard(b"a", told(sealed(2, ttl_s=60), left_s=40.0), 0.0)
+    assert known.news_for(b"b", 0.0) == [sealed(2, ttl_s=60)]
+    assert known.news_for(b"b", 10.0) == [sealed(2, ttl_s=60)]
+    assert known.news_for(b"b", 10.1) == []
 
 
 @pytest.mark.parametrize("floods_first", [True, False])
@@ -549,7 +560,6 @@ def test_what_the_reader_itself_has_newer_counts() -> None:
     following(holders, scene)
 
 
-@pytest.mark.xfail(reason="what one holder told is told by no other any more, also how long it lives", strict=True)
 def test_a_holder_that_is_asked_first_and_says_that_records_are_nearly_over_hides_none() -> None:
     holders = Holders(records=[sealed(ttl_s=60)])
     holders.left_s[CONTACTS[order_of(b"salt")[0]].id] = 1.0
