@@ -149,6 +149,13 @@ def test_a_page_that_ends_among_publications_passes_nothing_that_is_held_also_wh
     assert (page.cursor, page.more) == (Cursor(LIFE, 1000 + limits.PAGE_RECORDS, 0), True)
 
 
+def test_a_page_that_ends_among_what_is_held_says_where_also_where_publications_are_known() -> None:
+    published, stored = entries(3, first=1000), entries(limits.PAGE_RECORDS + 5)
+    page = page_after(BEGINNING, published, stored, fingerprints(published[1:]))
+    assert serials(page) == [1000, *range(1, limits.PAGE_RECORDS)]
+    assert (page.cursor, page.more) == (Cursor(LIFE, 1000, limits.PAGE_RECORDS - 1), True)
+
+
 def test_of_what_an_asker_knows_the_first_few_that_a_holder_lacks_are_named_by_their_places() -> None:
     known = entries(6)
     held = [entry.record for entry in (known[0], known[3], *entries(2, first=100))]
