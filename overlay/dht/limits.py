@@ -33,6 +33,9 @@ STORES_PER_PEER_PER_MINUTE = 100
 PEERS_RATED_MAX = 4096
 
 # --- what we publish ---
+SHORT_LIVED_S = 120
+COPIES_OF_SHORT_LIVED = 10
+"""Of a record that lives no longer: it is renewed each half of its life, and needn't outlast the leaving of its holders as others do."""
 PUBLISHED_MAX = 512
 REPUBLISH_RETRY_S = 5.0
 """When nobody took a record."""

@@ -31,7 +31,7 @@ class Surroundings(Protocol):
 
 
 class Offering:
-    """Offers publications. ``ksize``: how many holders each is to have; ``offered`` hears when one was."""
+    """Offers publications. ``ksize``: how many holders each is to have, but short-lived ones; ``offered`` hears when one was."""
 
     def __init__(
         self,
@@ -59,7 +59,8 @@ class Offering:
         """Offer a record to the closest nodes; whatever newer value came meanwhile is offered at the next upkeep."""
         self._publications.under_way(publication, self._now())
         place = Node(publication.location)
-        contacts = (await self._around.nearest_to(place, self._ksize))[: self._ksize]
+        copies = publication.copies(self._ksize)
+        contacts = (await self._around.nearest_to(place, copies))[:copies]
         record = publication.record
         answers = await asyncio.gather(*(self._protocol.call_store(contact, [record], place) for contact in contacts))
         holders = []
@@ -81,7 +82,7 @@ class Offering:
 
     def neighbourhood_found(self, place: bytes, members: Sequence[Contact]) -> None:
         """A key's neighbourhood was looked for: those who are new in it get our records of that key at once."""
-        for publication, lacking in self._publications.lacked_by(place, members[: self._ksize]):
+        for publication, lacking in self._publications.lacked_by(place, members, self._ksize):
             self._around.spawn(_name_of(publication), self._fill_up(publication, lacking))
 
     async def _fill_up(self, publication: Publication, lacking: Sequence[Contact]) -> None:

@@ -36,6 +36,10 @@ class Publication:
     def location(self) -> bytes:
         return location_of(self.record.key)
 
+    def copies(self, ksize: int) -> int:
+        """At how many of the nodes nearest to its key it is to be."""
+        return min(ksize, limits.COPIES_OF_SHORT_LIVED) if self.record.ttl_s <= limits.SHORT_LIVED_S else ksize
+
     @property
     def ends(self) -> bool:
         """Whether it is over at ``expires``, and not renewed before."""
@@ -86,12 +90,15 @@ class Publications:
         """A holder has a later record of ours, from before our wall clock was set back: go on from there."""
         self._last_sequence = max(self._last_sequence, min(sequence, limits.SEQUENCE_MAX - 2**32))
 
-    def lacked_by(self, place: bytes, members: Sequence[Contact]) -> list[tuple[Publication, list[Contact]]]:
+    def lacked_by(
+        self, place: bytes, members: Sequence[Contact], ksize: int
+    ) -> list[tuple[Publication, list[Contact]]]:
         """What lies at ``place``, has been out, and isn't held by some of ``members``; with those."""
         found = []
         for entry in self._entries.values():
             if entry.ever_offered and not entry.is_abandoned and entry.location == place:
-                lacking = [contact for contact in members if contact.id not in entry.holders]
+                nearest = members[: entry.copies(ksize)]
+                lacking = [contact for contact in nearest if contact.id not in entry.holders]
                 if lacking:
                     found.append((entry, lacking))
         return found
@@ -155,6 +162,6 @@ class Publications:
             if contact.id in entry.holders or entry.is_abandoned:
                 continue  # it would live on there after we have forgotten it
             distance = contact.long_id ^ int.from_bytes(entry.location, "big")
-            if len(entry.holders) < ksize or distance < max(entry.holders.values()):
+            if len(entry.holders) < entry.copies(ksize) or distance < max(entry.holders.values()):
                 wanted.append(entry)
         return wanted[: limits.STORE_RECORDS_MAX]

@@ -126,21 +126,21 @@ def test_a_place_frees_up_when_what_was_abandoned_is_over(monkeypatch: pytest.Mo
 def test_new_members_of_a_neighbourhood_lack_what_lies_there() -> None:
     ours = published(b"a", b"b")
     ours.handed_over(entry_of(ours, b"b"), CONTACTS[1])
-    lacking = ours.lacked_by(location_of(KEY), CONTACTS[:3])
+    lacking = ours.lacked_by(location_of(KEY), CONTACTS[:3], limits.KSIZE)
     assert [(entry.record.subkey, contacts) for entry, contacts in lacking] == [
         (b"a", CONTACTS[1:3]),
         (b"b", CONTACTS[2:3]),
     ]
-    assert ours.lacked_by(location_of(KEY), CONTACTS[:1]) == []
-    assert ours.lacked_by(location_of(OTHER), CONTACTS) == []
+    assert ours.lacked_by(location_of(KEY), CONTACTS[:1], limits.KSIZE) == []
+    assert ours.lacked_by(location_of(OTHER), CONTACTS, limits.KSIZE) == []
 
 
 def test_what_has_not_been_out_or_is_abandoned_is_offered_to_nobody_new() -> None:
     fresh = published(offered=False)
-    assert fresh.lacked_by(location_of(KEY), CONTACTS) == []
+    assert fresh.lacked_by(location_of(KEY), CONTACTS, limits.KSIZE) == []
     ours = published(b"a", b"b")
     ours.abandon(KEY, b"a")
-    assert [entry.record.subkey for entry, _ in ours.lacked_by(location_of(KEY), CONTACTS)] == [b"b"]
+    assert [entry.record.subkey for entry, _ in ours.lacked_by(location_of(KEY), CONTACTS, limits.KSIZE)] == [b"b"]
     assert [entry.record.subkey for entry in ours.wanted_by(CONTACTS[5], limits.KSIZE)] == [b"b"]
 
 
