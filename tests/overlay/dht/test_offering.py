@@ -137,13 +137,13 @@ def test_a_holder_that_does_not_answer_makes_the_neighbourhood_be_looked_for_bef
     async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
         publisher, now, place = nodes[1], hosts[1].ports.clock.now, location_of(KEY)
         await publisher.publish_and_wait(KEY, b"a", b"kept", TTL_S)
-        assert publisher._neighbourhoods.members(place, limits.KSIZE, now() + limits.RELOCATE_S)
+        assert publisher._neighbourhoods.members(place, 1, now() + limits.RELOCATE_S)
         silent = node_id_of(hosts[2].peer_id)
         holders.said[silent] = None
         assert await publisher.publish_and_wait(KEY, b"a", b"new", TTL_S) == 3
-        members = publisher._neighbourhoods.members(place, limits.KSIZE, now())
+        members = publisher._neighbourhoods.members(place, 1, now())
         assert silent not in [contact.id for contact in members]
-        assert not publisher._neighbourhoods.members(place, limits.KSIZE, now() + limits.RELOCATE_S)
+        assert not publisher._neighbourhoods.members(place, 1, now() + limits.RELOCATE_S)
 
     run_nodes(5, scene)
 
