@@ -147,7 +147,7 @@ def test_what_has_not_been_out_or_is_abandoned_is_offered_to_nobody_new() -> Non
 def test_a_withdrawal_is_given_to_new_members_too() -> None:
     ours = published()
     tombstone = ours.set(KEY, b"a", b"", TTL_S, 10.0, 1010.0)
-    assert ours.lacked_by(location_of(KEY), CONTACTS[:2]) == [(tombstone, CONTACTS[:2])]
+    assert ours.lacked_by(location_of(KEY), CONTACTS[:2], limits.KSIZE) == [(tombstone, CONTACTS[:2], limits.KSIZE)]
 
 
 def test_what_was_set_after_a_serial_is_told_in_that_order_and_withdrawals_too() -> None:
@@ -170,3 +170,26 @@ def test_what_is_kept_up_has_all_its_life_left_and_what_ends_only_the_rest() -> 
     ours.set(KEY, b"c", b"", TTL_S, 5.0, 1005.0)
     left = {entry.record.subkey: entry.left_s for entry in ours.newer(KEY, 0, 20.0)}
     assert left == {b"a": TTL_S, b"b": TTL_S - 20.0, b"c": TTL_S - 15.0}
+
+
+@pytest.mark.parametrize(
+    ("ttl_s", "ksize", "copies"),
+    [
+        (limits.SHORT_LIVED_S, 20, limits.COPIES_OF_SHORT_LIVED),
+        (limits.SHORT_LIVED_S + 1, 20, 20),
+        (limits.SHORT_LIVED_S, 4, 4),
+    ],
+)
+def test_what_lives_shortly_has_fewer_holders(ttl_s: int, ksize: int, copies: int) -> None:
+    ours = Publications(identity(1))
+    entry = ours.set(KEY, b"a", b"x", ttl_s, 0.0, 1000.0)
+    assert entry.copies(ksize) == copies
+    nearest = sorted(CONTACTS, key=lambda contact: contact.long_id ^ int.from_bytes(entry.location, "big"))
+    ours.offered(entry, nearest[1:2], 0.0)
+    ((_, lacking),) = ours.lacked_by(entry.location, nearest[:ksize], ksize)
+    assert lacking == [nearest[0], *nearest[2:copies]]
+    ours.offered(entry, nearest[1:copies], 0.0)
+    assert ours.wanted_by(nearest[-1], ksize) == [entry], "there are too few"
+    ours.offered(entry, nearest[1 : copies + 1], 0.0)
+    assert ours.wanted_by(nearest[-1], ksize) == []
+    assert ours.wanted_by(nearest[0], ksize) == [entry]
