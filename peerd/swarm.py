@@ -284,7 +284,13 @@ class Swarm:
         started = self._clock.now()
         read: dict[tuple[bytes, bytes, int], Manifest | None] = {}
         found: dict[ModelId, list[tuple[Manifest, bytes]]] = {}
-        for record in await self._follow(MANIFESTS_KEY).read(thorough=thorough):
+        self._manifests_at = started  # at the start: who asks for them meanwhile has them read again
+        try:
+            records = await self._follow(MANIFESTS_KEY).read(thorough=thorough)
+        except BaseException:
+            self._manifests_at = float("-inf")
+            raise
+        for record in records:
             name = (*record.name, record.sequence)
             manifest = read[name] = self._read_manifests[name] if name in self._read_manifests else _manifest_of(record)
             if manifest is not None and (manifest.model in found or len(found) < MANIFESTS_MAX):
@@ -295,7 +301,6 @@ class Swarm:
         self._block_counts.update({model: known.blocks for model, known in self._models.items()})
         for manifest in self._own_manifests.values():
             self._add_manifest(manifest, self._host.peer_id.multihash)
-        self._manifests_at = started
         self._forget()
 
     def _forget(self) -> None:

@@ -94,6 +94,15 @@ class Known:
         self._cursors[holder] = found.cursor, now
         self._make_room()
 
+    def confirmed(self, holder: bytes, asked: Sequence[Record], lacks: Sequence[int]) -> None:
+        """Of what it was asked with, that holder said what it ``lacks``: it has the rest, if that were all."""
+        if len(lacks) >= limits.LACKS_TOLD_MAX:
+            return
+        for place, record in enumerate(asked):
+            told = self._told.get(record.name)
+            if place not in lacks and told is not None and told.record.sequence == record.sequence:
+                told.tellers[holder] = None
+
     def live(self, now: float) -> list[Record]:
         """What isn't over."""
         return [record for record in self.latest(now) if not record.is_withdrawn]
@@ -231,6 +240,8 @@ class FollowedKey:
             return False
         now = self._now()
         self._known.heard(contact.id, found, now)
+        if not since:
+            self._known.confirmed(contact.id, news, found.lacks)
         if lacking := self._known.lacked([news[place] for place in found.lacks], now):
             self._asker.correct(contact, lacking)
         return True

@@ -434,7 +434,6 @@ def test_where_no_model_is_known_manifests_are_read_all_the_time(manifest: Manif
     watching(manifest, 0, Span(0, 4), scene)
 
 
-@pytest.mark.xfail(reason="the end of a read of manifests overwrites a demand that came during it", strict=True)
 @pytest.mark.parametrize("demand", ["look_now", "refresh"])
 def test_a_demand_that_comes_while_manifests_are_being_read_has_them_read_again(
     manifest: Manifest, demand: str

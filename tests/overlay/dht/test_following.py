@@ -572,7 +572,6 @@ def test_a_holder_that_is_asked_first_and_says_that_records_are_nearly_over_hide
     following(holders, scene)
 
 
-@pytest.mark.xfail(reason="what several holders have counts as told by the first alone", strict=True)
 def test_a_flood_by_a_holder_that_is_asked_later_crowds_out_nothing_that_several_have() -> None:
     real = [plain(1_000_000 + number) for number in range(limits.RECORDS_PER_KEY_MAX // 2 + 300)]
     holders = Holders(records=real)

@@ -147,7 +147,7 @@ def test_what_has_not_been_out_or_is_abandoned_is_offered_to_nobody_new() -> Non
 def test_a_withdrawal_is_given_to_new_members_too() -> None:
     ours = published()
     tombstone = ours.set(KEY, b"a", b"", TTL_S, 10.0, 1010.0)
-    assert ours.lacked_by(location_of(KEY), CONTACTS[:2], limits.KSIZE) == [(tombstone, CONTACTS[:2], limits.KSIZE)]
+    assert ours.lacked_by(location_of(KEY), CONTACTS[:2], limits.KSIZE) == [(tombstone, CONTACTS[:2])]
 
 
 def test_what_was_set_after_a_serial_is_told_in_that_order_and_withdrawals_too() -> None:
