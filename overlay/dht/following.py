@@ -115,10 +115,17 @@ class Known:
         return [told.record for told in self._told.values() if now < told.until]
 
     def lacked(self, lacking: Sequence[Record], now: float) -> list[Record]:
-        """Of what a holder says that it lacks, what is known for a while: the rest may still be on its way."""
+        """Of what a holder says that it lacks, what is known for a while: the rest may still be on its way.
+
+        Not what lives for a minute: its publisher brings it again before anybody misses it.
+        """
         since = now - limits.CORRECTED_AFTER_S
         found = [self._told[record.name] for record in lacking if record.name in self._told]
-        old = [told.record for told in found if told.first_seen <= since and now < told.until]
+        old = [
+            told.record
+            for told in found
+            if told.first_seen <= since and now < told.until and told.record.ttl_s > limits.SHORT_LIVED_S
+        ]
         return old[: limits.CORRECTED_RECORDS_MAX]
 
     def _forget(self, name: RecordName) -> None:
@@ -162,7 +169,7 @@ class FollowedKey:
             thorough: the holders are looked for anew, unless that was a moment ago, and half of them asked.
         """
         async with self._reading:
-            fresh_s = limits.RELOCATE_S if thorough else limits.LOCATED_S
+            fresh_s = limits.THOROUGH_S if thorough else limits.LOCATED_S
             holders = await self._asker.nearest_to(self._target, limits.LOCATED_HOLDERS, fresh_s=fresh_s)
             self._known.keep_cursors_of(holders)
             wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS

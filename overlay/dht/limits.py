@@ -122,8 +122,12 @@ LOCATED_S = 300.0
 """The nodes nearest to a key are asked, and offered renewals, without looking for nearer ones, for so long."""
 LOCATED_LONELY_S = 30.0
 """Where there were fewer than `KSIZE` of them."""
-RELOCATE_S = 10.0
+RELOCATE_S = 20.0
 """The least between two lookups of one neighbourhood, however often it seems to have changed."""
+CHANGED_SHARE = 4
+"""It has when so many of its members (one of four) have strangers before them."""
+THOROUGH_S = 10.0
+"""A neighbourhood that was looked for so lately isn't looked for again, even where blocks seem to be missing."""
 NEIGHBOURHOODS_MAX = 1024
 NEAR = 5
 """So many nodes a known holder names: one among them that nobody named before shows that the neighbourhood changed."""

@@ -8,7 +8,7 @@ looked for anew.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from overlay.dht import limits
 from overlay.dht.table import Contact
@@ -28,6 +28,8 @@ class _Neighbourhood:
     patience_s: float
     """The least time until it is looked for again; longer where looking found the same: whoever names strangers gains nothing by it."""
     has_changed: bool = False
+    strangers: dict[bytes, None] = field(default_factory=dict)
+    """Who was named since, and is nearer than a member: fewer than a quarter of the members."""
 
     @property
     def is_lonely(self) -> bool:
@@ -76,15 +78,18 @@ class Neighbourhoods:
         return 0 if known is None else known.wanted
 
     def named(self, place: bytes, contacts: Iterable[Contact]) -> None:
-        """A member said who is near: a stranger that is nearer than our farthest member shows a change."""
+        """A member said who is near: when some strangers are nearer than our farthest member, the neighbourhood has changed."""
         known = self._known.get(place)
         if known is None or not known.members:
             return
-        strangers = [contact for contact in contacts if contact.id not in known.seen]
-        if strangers:
-            here = int.from_bytes(place, "big")
-            farthest = max(member.long_id ^ here for member in known.members.values())
-            known.has_changed |= known.is_lonely or any(contact.long_id ^ here < farthest for contact in strangers)
+        new = [contact for contact in contacts if contact.id not in known.seen and contact.id not in known.strangers]
+        if not new:
+            return
+        here = int.from_bytes(place, "big")
+        farthest = max(member.long_id ^ here for member in known.members.values())
+        near = [contact.id for contact in new if known.is_lonely or contact.long_id ^ here < farthest]
+        known.strangers |= dict.fromkeys(near)
+        known.has_changed |= len(known.strangers) >= max(1, known.found // limits.CHANGED_SHARE)
 
     def lost(self, place: bytes, contact: Contact) -> None:
         """A member didn't answer."""

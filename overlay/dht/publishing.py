@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from overlay.dht import limits
 from overlay.dht.pages import Entry
@@ -156,12 +157,13 @@ class Publications:
         publication.ever_offered = True
 
     def wanted_by(self, contact: Contact, ksize: int) -> list[Publication]:
-        """What a new contact should hold: it is nearer than the farthest holder, or there are too few."""
+        """What a new contact should hold: it is nearer than one of the nearest holders that there are to be, or there are too few."""
         wanted = []
         for entry in self._entries.values():
             if contact.id in entry.holders or entry.is_abandoned:
                 continue  # it would live on there after we have forgotten it
             distance = contact.long_id ^ int.from_bytes(entry.location, "big")
-            if len(entry.holders) < entry.copies(ksize) or distance < max(entry.holders.values()):
+            copies = entry.copies(ksize)
+            if len(entry.holders) < copies or distance < nsmallest(copies, entry.holders.values())[-1]:
                 wanted.append(entry)
         return wanted[: limits.STORE_RECORDS_MAX]
