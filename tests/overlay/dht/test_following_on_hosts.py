@@ -23,6 +23,7 @@ from tests.overlay.dht.test_node import KEY, run_nodes
 from tests.overlay.network import LOOPBACK, identity, system_ports, until
 
 LIFE_S = 60.0
+LASTING_S = limits.SHORT_LIVED_S + 1.0
 
 
 class Wire:
@@ -272,11 +273,14 @@ def test_what_a_holder_says_that_it_lacks_names_what_it_was_asked_with_or_nothin
     run_nodes(2, scene, clients=1)
 
 
-def test_a_holder_that_lost_a_record_is_told_of_it_by_who_follows_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_that_lost_records_is_told_of_the_lasting_one_by_who_follows_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(limits, "CORRECTED_AFTER_S", 0.0)
 
     async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
-        await nodes[0].publish_and_wait(KEY, b"a", b"kept", LIFE_S)
+        await nodes[0].publish_and_wait(KEY, b"a", b"lasting", LASTING_S)
+        await nodes[2].publish_and_wait(KEY, b"a", b"short-lived", LIFE_S)
         forgetful, followed = nodes[1], nodes[-1].follow(KEY)
         forgetful._store = RecordStore()
         followed._salt = next(
@@ -284,10 +288,12 @@ def test_a_holder_that_lost_a_record_is_told_of_it_by_who_follows_the_key(monkey
             for salt in (bytes([number]) for number in range(100))
             if _is_first(FollowedKey(KEY, nodes[-1], salt, Ahead()), hosts[0], hosts[1])
         )
-        assert await read(followed) == [b"kept"]
-        await until(lambda: forgetful.statistics().stored == 1)
+        assert await read(followed) == [b"lasting", b"short-lived"]
+        await until(lambda: forgetful.statistics().stored > 0)
+        await asyncio.gather(*nodes[-1]._running.values())
+        assert [record.value for record in forgetful.held(KEY)] == [b"lasting"]
 
-    run_nodes(3, scene, clients=1)
+    run_nodes(4, scene, clients=1)
 
 
 def _is_first(followed: FollowedKey, one: Host, other: Host) -> bool:

@@ -18,6 +18,10 @@ ALL = sorted(
     key=lambda contact: contact.long_id ^ int.from_bytes(PLACE, "big"),
 )
 NEAREST, FARTHER = ALL[:20], ALL[20:]
+QUARTER = len(NEAREST) // limits.CHANGED_SHARE
+"""So many strangers change a neighbourhood of twenty."""
+STRANGERS, SETTLED = ALL[:QUARTER], ALL[QUARTER : QUARTER + 20]
+"""Nearer than twenty members, and those."""
 
 
 def located(members: Sequence[Contact] = NEAREST, wanted: int = 20, now: float = 0.0) -> Neighbourhoods:
@@ -61,10 +65,10 @@ def test_half_of_them_is_not_lonely_where_half_was_looked_for() -> None:
 
 
 def test_who_wants_it_fresher_has_it_looked_for_sooner() -> None:
-    found = located()
-    assert is_known(found, 9.9, fresh_s=10.0)
-    assert not is_known(found, 10.0, fresh_s=10.0)
-    assert is_known(found, 10.0)
+    found, fresh_s = located(), limits.THOROUGH_S
+    assert is_known(found, fresh_s - 0.1, fresh_s=fresh_s)
+    assert not is_known(found, fresh_s, fresh_s=fresh_s)
+    assert is_known(found, fresh_s)
 
 
 def test_who_wants_more_than_were_looked_for_has_them_looked_for_and_who_wants_fewer_has_not() -> None:
@@ -80,11 +84,58 @@ def test_how_many_were_looked_for_is_remembered_after_it_has_to_be_looked_for_ag
     assert (found.wanted(PLACE), found.wanted(location_of(b"another key"))) == (10, 0)
 
 
-def test_a_stranger_nearer_than_the_farthest_member_makes_it_be_looked_for_anew_but_not_at_once() -> None:
-    found = located(NEAREST[1:], wanted=19)
-    found.named(PLACE, [NEAREST[0]])
-    assert is_known(found, limits.RELOCATE_S - 0.1, wanted=19)
-    assert not is_known(found, limits.RELOCATE_S, wanted=19)
+def test_a_quarter_of_strangers_nearer_than_the_farthest_member_makes_it_be_looked_for_anew_but_not_at_once() -> None:
+    found = located(SETTLED)
+    found.named(PLACE, [*FARTHER, *STRANGERS, *SETTLED])
+    assert is_known(found, limits.RELOCATE_S - 0.1)
+    assert not is_known(found, limits.RELOCATE_S)
+
+
+def test_fewer_strangers_than_a_quarter_change_nothing_however_often_they_are_named() -> None:
+    found = located(SETTLED)
+    for _ in range(QUARTER):
+        found.named(PLACE, [*STRANGERS[1:], *SETTLED, *ALL[QUARTER + 20 :]])
+    assert is_known(found, limits.LOCATED_S - 0.1)
+
+
+def test_strangers_are_counted_over_several_answers_each_once() -> None:
+    found = located(SETTLED)
+    for stranger in STRANGERS[:-1]:
+        found.named(PLACE, [stranger, SETTLED[0]])
+        found.named(PLACE, [STRANGERS[0], stranger])
+        assert is_known(found, limits.LOCATED_S - 0.1)
+    found.named(PLACE, STRANGERS[-1:])
+    assert is_known(found, limits.RELOCATE_S - 0.1)
+    assert not is_known(found, limits.RELOCATE_S)
+
+
+def test_strangers_are_counted_anew_after_a_look() -> None:
+    found = located(SETTLED)
+    found.named(PLACE, STRANGERS[1:])
+    look(found, 1.0, SETTLED)
+    found.named(PLACE, STRANGERS[:-1])
+    assert is_known(found, limits.LOCATED_S)
+    found.named(PLACE, STRANGERS[-1:])
+    assert not is_known(found, limits.LOCATED_S)
+
+
+@pytest.mark.parametrize("count", [1, limits.CHANGED_SHARE - 1, limits.CHANGED_SHARE])
+def test_a_small_lonely_neighbourhood_changes_with_one_stranger_however_far(count: int) -> None:
+    found = located(NEAREST[:count])
+    found.named(PLACE, NEAREST[:count])
+    assert is_known(found, limits.RELOCATE_S)
+    found.named(PLACE, [FARTHER[-1]])
+    assert is_known(found, limits.RELOCATE_S - 0.1)
+    assert not is_known(found, limits.RELOCATE_S)
+
+
+@pytest.mark.parametrize("count", [1, limits.CHANGED_SHARE - 1])
+def test_a_small_neighbourhood_that_is_not_lonely_changes_with_one_nearer_stranger(count: int) -> None:
+    found = located(NEAREST[1 : count + 1], wanted=count)
+    found.named(PLACE, FARTHER)
+    assert is_known(found, limits.RELOCATE_S, wanted=count)
+    found.named(PLACE, NEAREST[:1])
+    assert not is_known(found, limits.RELOCATE_S, wanted=count)
 
 
 def test_a_stranger_that_is_farther_than_all_members_is_no_news() -> None:
@@ -93,17 +144,20 @@ def test_a_stranger_that_is_farther_than_all_members_is_no_news() -> None:
     assert is_known(found, limits.LOCATED_S - 0.1)
 
 
-def test_where_there_were_too_few_any_stranger_is_news() -> None:
-    found = located(NEAREST[:5])
-    found.named(PLACE, [FARTHER[-1]])
+def test_where_there_were_too_few_a_quarter_of_any_strangers_is_news() -> None:
+    count = 3 * limits.CHANGED_SHARE
+    found = located(NEAREST[:count])
+    found.named(PLACE, FARTHER[-2:])
+    assert is_known(found, limits.RELOCATE_S)
+    found.named(PLACE, FARTHER[-3:])
     assert not is_known(found, limits.RELOCATE_S)
 
 
-def test_one_that_the_look_saw_and_found_dead_is_no_news() -> None:
+def test_those_that_the_look_saw_and_found_dead_are_no_news() -> None:
     found = Neighbourhoods()
-    found.located(PLACE, NEAREST[1:], 19, [NEAREST[0].id], 0.0)
-    found.named(PLACE, NEAREST)
-    assert is_known(found, limits.LOCATED_S - 0.1, wanted=19)
+    found.located(PLACE, SETTLED, 20, [contact.id for contact in STRANGERS], 0.0)
+    found.named(PLACE, [*STRANGERS, *SETTLED])
+    assert is_known(found, limits.LOCATED_S - 0.1)
 
 
 def test_patience_doubles_while_looking_finds_the_same_up_to_a_bound() -> None:
@@ -116,16 +170,17 @@ def test_patience_doubles_while_looking_finds_the_same_up_to_a_bound() -> None:
         waits.append(wait_s)
         now += wait_s
         look(found, now, NEAREST[1:], 19)
-    assert waits == [10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]
+    assert waits == [min(limits.RELOCATE_S * 2**looks, limits.LOCATED_S) for looks in range(7)]
+    assert waits[-2:] == [limits.LOCATED_S] * 2
 
 
 def test_patience_begins_anew_where_looking_found_another_neighbourhood() -> None:
-    found = located()
-    look(found, 20.0)
-    look(found, 40.0, ALL[1:21])
+    found, patience_s = located(), limits.RELOCATE_S
+    look(found, patience_s)
+    look(found, 3 * patience_s, ALL[1:21])
     found.changed(PLACE)
-    assert is_known(found, 49.0)
-    assert not is_known(found, 50.0)
+    assert is_known(found, 4 * patience_s - 0.1)
+    assert not is_known(found, 4 * patience_s)
 
 
 def test_members_that_do_not_answer_leave_and_half_of_them_lost_is_worth_a_look() -> None:

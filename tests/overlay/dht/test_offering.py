@@ -87,6 +87,26 @@ def test_who_follows_a_key_that_it_publishes_under_offers_to_its_new_members_too
     run_nodes(5, scene)
 
 
+def test_what_lives_shortly_goes_to_the_nearest_few_and_what_lasts_to_all_that_are_near(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holders = Holders(monkeypatch)
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        place = int.from_bytes(location_of(KEY), "big")
+        ids = [node_id_of(host.peer_id) for host in hosts[:-1]]
+        nearest = sorted(ids, key=lambda id_: int.from_bytes(id_, "big") ^ place)
+        await look(nodes[-1])
+        for value, ttl_s, copies in (
+            (b"short-lived", limits.SHORT_LIVED_S, limits.COPIES_OF_SHORT_LIVED),
+            (b"lasting", limits.SHORT_LIVED_S + 1, limits.KSIZE),
+        ):
+            assert await nodes[-1].publish_and_wait(KEY, value, value, ttl_s) == copies
+            assert sorted(to for to, stored in holders.stored if stored == value) == sorted(nearest[:copies])
+
+    run_nodes(limits.KSIZE + 3, scene, clients=1)
+
+
 def test_a_neighbourhood_that_is_the_same_is_offered_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     holders = Holders(monkeypatch)
 

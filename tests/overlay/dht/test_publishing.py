@@ -193,3 +193,21 @@ def test_what_lives_shortly_has_fewer_holders(ttl_s: int, ksize: int, copies: in
     ours.offered(entry, nearest[1 : copies + 1], 0.0)
     assert ours.wanted_by(nearest[-1], ksize) == []
     assert ours.wanted_by(nearest[0], ksize) == [entry]
+
+
+@pytest.mark.parametrize(
+    ("ttl_s", "copies"),
+    [(limits.SHORT_LIVED_S, limits.COPIES_OF_SHORT_LIVED), (limits.SHORT_LIVED_S + 1, limits.KSIZE)],
+)
+def test_with_many_holders_a_new_contact_counts_if_it_is_nearer_than_the_last_of_as_many_as_there_are_to_be(
+    ttl_s: int, copies: int
+) -> None:
+    ours = Publications(identity(1))
+    entry = ours.set(KEY, b"a", b"x", ttl_s, 0.0, 1000.0)
+    nearest = sorted(CONTACTS, key=lambda contact: contact.long_id ^ int.from_bytes(entry.location, "big"))
+    nearer, farther = nearest[copies - 1], nearest[copies + 1]
+    holders = [contact for contact in nearest if contact not in (nearer, farther)]
+    assert len(holders) > copies
+    ours.offered(entry, holders[::-1], 0.0)
+    assert ours.wanted_by(nearer, limits.KSIZE) == [entry]
+    assert ours.wanted_by(farther, limits.KSIZE) == [], "though some have it that are farther still"
