@@ -16,6 +16,7 @@ What honest nodes then hold and return is judged against the signatures and the 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,6 +101,7 @@ class Flood(DhtScene[FloodSettings]):
         "outlived.returned": "such records that lookups returned",
         "outlived.brought": "such records that were offered and looked at",
         "held.key.max": "records that an honest node holds under a key",
+        "held.share.max": "records of one publisher that an honest node holds under a key",
         "held.publisher.max": "records of one publisher that an honest node holds",
         "held.bytes.max": "bytes of records that an honest node holds",
     }
@@ -291,7 +293,7 @@ class Flood(DhtScene[FloodSettings]):
     # --- the judgement ---
 
     async def _judge(self, honest: Sequence[Machine]) -> None:
-        for name in ("held.key.max", "held.publisher.max", "held.bytes.max"):
+        for name in ("held.key.max", "held.share.max", "held.publisher.max", "held.bytes.max"):
             self._metrics.put(name, 0)
         forged: dict[Record, bool] = {}
         for machine in honest:
@@ -308,9 +310,9 @@ class Flood(DhtScene[FloodSettings]):
                 self._metrics.count(name, count, of=machine.name if count else "")
             told = f"{len(records)} records, {bad} of them forged, {over} over a limit, {old} outlived"
             self._world.trace.note(machine.name, f"holds {told}")
-            publishers: dict[bytes, int] = {}
-            for record in records:
-                publishers[record.publisher.multihash] = publishers.get(record.publisher.multihash, 0) + 1
+            publishers = Counter(record.publisher.multihash for record in records)
+            shares = Counter((record.key, record.publisher.multihash) for record in records)
+            self._raise("held.share.max", max(shares.values(), default=0), machine)
             self._raise("held.key.max", max(map(len, held.values()), default=0), machine)
             self._raise("held.publisher.max", max(publishers.values(), default=0), machine)
             self._raise("held.bytes.max", dht.statistics().stored_bytes, machine)

@@ -26,6 +26,8 @@ RECORDS_PER_KEY_MAX = 2048
 BYTES_PER_KEY_MAX = 4 << 20
 """Two thousand servers of a model, each with a record of a kilobyte, under one of its keys: and no key takes a tenth of the store."""
 RECORDS_PER_PUBLISHER_MAX = 1024
+RECORDS_PER_KEY_AND_PUBLISHER_MAX = 16
+"""A server has one under a model's keys, and one for each of its models under the key of manifests."""
 STORE_BYTES_MAX = 64 << 20
 RECORD_OVERHEAD_BYTES = 512
 """Counted for each record on top of its fields: what Python needs to hold it."""

@@ -29,7 +29,7 @@ class _Neighbourhood:
     """The least time until it is looked for again; longer where looking found the same: whoever names strangers gains nothing by it."""
     has_changed: bool = False
     strangers: dict[bytes, None] = field(default_factory=dict)
-    """Who was named since, and is nearer than a member: fewer than a quarter of the members."""
+    """Who was named since, and is nearer than a member; counted until there are enough of them."""
 
     @property
     def is_lonely(self) -> bool:
@@ -80,7 +80,7 @@ class Neighbourhoods:
     def named(self, place: bytes, contacts: Iterable[Contact]) -> None:
         """A member said who is near: when some strangers are nearer than our farthest member, the neighbourhood has changed."""
         known = self._known.get(place)
-        if known is None or not known.members:
+        if known is None or not known.members or known.has_changed:
             return
         new = [contact for contact in contacts if contact.id not in known.seen and contact.id not in known.strangers]
         if not new:
@@ -89,7 +89,7 @@ class Neighbourhoods:
         farthest = max(member.long_id ^ here for member in known.members.values())
         near = [contact.id for contact in new if known.is_lonely or contact.long_id ^ here < farthest]
         known.strangers |= dict.fromkeys(near)
-        known.has_changed |= len(known.strangers) >= max(1, known.found // limits.CHANGED_SHARE)
+        known.has_changed = limits.CHANGED_SHARE * len(known.strangers) >= known.found
 
     def lost(self, place: bytes, contact: Contact) -> None:
         """A member didn't answer."""

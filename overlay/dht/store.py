@@ -49,6 +49,7 @@ class RecordStore:
         self._due: list[tuple[float, int, bytes, RecordName]] = []
         self._per_publisher: Counter[bytes] = Counter()
         self._key_bytes: Counter[bytes] = Counter()
+        self._shares: Counter[tuple[bytes, bytes]] = Counter()
         self._serial = 0
         self.size_bytes = 0
         self.count = 0
@@ -63,7 +64,10 @@ class RecordStore:
         if self.size_bytes - freed + record.size_bytes > self._bytes_max:
             return Put.FULL
         if held is None:
-            if self._per_publisher[record.publisher.multihash] >= limits.RECORDS_PER_PUBLISHER_MAX:
+            publisher = record.publisher.multihash
+            if self._per_publisher[publisher] >= limits.RECORDS_PER_PUBLISHER_MAX:
+                return Put.FULL
+            if self._shares[record.key, publisher] >= limits.RECORDS_PER_KEY_AND_PUBLISHER_MAX:
                 return Put.FULL
             if not self._has_room(record, group):
                 return Put.FULL
@@ -77,6 +81,7 @@ class RecordStore:
         heapq.heappush(self._due, (new.expires, new.serial, record.key, record.name))
         self._per_publisher[record.publisher.multihash] += 1
         self._key_bytes[record.key] += record.size_bytes
+        self._shares[record.key, record.publisher.multihash] += 1
         self.size_bytes += record.size_bytes
         self.count += 1
         self._compact()
@@ -106,6 +111,9 @@ class RecordStore:
         if not names:
             del self._keys[record.key], self._key_bytes[record.key]
         publisher = record.publisher.multihash
+        self._shares[record.key, publisher] -= 1
+        if self._shares[record.key, publisher] <= 0:
+            del self._shares[record.key, publisher]
         self._per_publisher[publisher] -= 1
         if self._per_publisher[publisher] <= 0:
             del self._per_publisher[publisher]

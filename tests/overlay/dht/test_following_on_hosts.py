@@ -65,8 +65,9 @@ def members(node: Dht, host: Host) -> tuple[Contact, ...]:
     return node._neighbourhoods.members(location_of(KEY), 1, host.ports.clock.now())
 
 
-def held_record(number: int, host: int = 50) -> Record:
-    return seal_record(identity(host), KEY, number.to_bytes(4, "big"), 1, 60, number.to_bytes(4, "big"))
+def held_record(number: int) -> Record:
+    """Of so many publishers that each takes few places of a key."""
+    return seal_record(identity(1000 + number % 50), KEY, number.to_bytes(4, "big"), 1, 60, number.to_bytes(4, "big"))
 
 
 def test_a_second_read_brings_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:

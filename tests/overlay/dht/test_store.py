@@ -166,3 +166,13 @@ def test_serials_are_of_the_whole_store_so_that_no_key_says_the_same_one_twice()
     ((again,), (first,)) = store.newer(KEY, 0, 61.0), store.newer(KEY, 0, 61.0)
     assert again == first
     assert again.serial == 3, "a key that was empty in between goes on from there"
+
+
+def test_one_publisher_takes_few_places_of_a_key_and_has_them_again_when_they_are_over() -> None:
+    store = RecordStore()
+    count = limits.RECORDS_PER_KEY_AND_PUBLISHER_MAX
+    outcomes = [store.put(sealed(subkey=bytes([number])), 0.0) for number in range(count + 2)]
+    assert outcomes == [*[Put.STORED] * count, Put.FULL, Put.FULL]
+    assert store.put(sealed(subkey=bytes([0]), sequence=7), 1.0) is Put.STORED, "a renewal takes no place"
+    assert store.put(sealed(2, subkey=bytes([99])), 1.0) is Put.STORED, "another's place is another"
+    assert store.put(sealed(subkey=bytes([99])), 61.5) is Put.STORED
