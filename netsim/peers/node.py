@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from blocks.engine.errors import ComputeFailed
+from blocks.model.identity import id_of
 from blocks.model.source import DEMO, ModelSource
 from blocks.protocol.device import Batch, ReleaseJob
 from blocks.sampling_params import SamplingParams
@@ -32,6 +33,7 @@ from peerd.generation import Delta, Done, Generation, GenerationRequest, Waiting
 from peerd.loading import ModelLoader, TorchLoader
 from peerd.local_api.node_view import Status, SwarmModel
 from peerd.node import Node
+from routing.records import State
 from routing.types import Span
 
 OnTokens = Callable[[int], None]
@@ -127,6 +129,11 @@ class NodePeer:
     def swarm(self) -> tuple[SwarmModel, ...]:
         """What `peerctl swarm` shows: as this daemon sees it, and looking makes it look."""
         return self.node.swarm()
+
+    def servers_known(self) -> frozenset[bytes]:
+        """Peer ids of the servers of its model that this daemon knows of, those that load too; looks at nothing anew."""
+        view = self.node._swarm.view(id_of(self.source))
+        return frozenset(server.peer for server in view.servers if server.state is not State.DRAINING)
 
     def gauge(self, name: str) -> float:
         """One of the daemon's metrics, without its ``peerd_``."""

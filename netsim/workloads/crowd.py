@@ -7,7 +7,7 @@ costs, what is left. Numbers are blank, so a text is right when it has its lengt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -113,6 +113,7 @@ class Crowd(Scene[CrowdSettings]):
         "coverage.low": "the fewest servers that a block had once all was settled",
         "coverage.end": "the fewest servers that a block has at the end",
         "spread.share": "tokens a second that the weakest block's servers can do, as a share of the mean over blocks, when all was settled",
+        "known.share": "of the servers that serve when all was settled, the share that each driver knows of",
         "online": "servers that serve, over time",
         "connections": "connections of a host, those that are closing too, once settled",
         "connections.over": "samples of a settled host with more connections than the overlay's limit for idle ones",
@@ -134,7 +135,7 @@ class Crowd(Scene[CrowdSettings]):
         self._low: int | None = None
         self._tokens = 0
         self._tokens_before = 0
-        for name in ("recovery_s", "token_s", "first_token_s", "online_s"):
+        for name in ("recovery_s", "token_s", "first_token_s", "online_s", "known.share"):
             metrics.expect(name)
 
     async def run(self) -> None:
@@ -145,6 +146,7 @@ class Crowd(Scene[CrowdSettings]):
             watching = background.create_task(self._watch(), name="watching")
             await asyncio.sleep(settings.settled_s)
             self._note_spread()
+            self._note_known(drivers)
             metrics.owed_by("texts.done", (machine.name for machine in drivers))
             asked_s = world.now_s
             async with asyncio.TaskGroup() as asking:
@@ -252,6 +254,15 @@ class Crowd(Scene[CrowdSettings]):
     def _note_spread(self) -> None:
         rates = self._servers.rates()
         self._metrics.put("spread.share", min(rates) * len(rates) / max(1e-9, sum(rates)))
+
+    def _note_known(self, drivers: Sequence[Machine]) -> None:
+        serving = [cast(NodePeer, machine.peer).host.peer_id.multihash for machine, _ in self._servers.spans()]
+        for machine in drivers:
+            peer = cast(NodePeer | None, machine.peer)
+            if peer is not None:
+                known = peer.servers_known()
+                share = sum(server in known for server in serving) / max(1, len(serving))
+                self._metrics.observe("known.share", share, of=machine.name)
 
     def _note_end(self) -> None:
         metrics, calls, hosts = self._metrics, 0, 0

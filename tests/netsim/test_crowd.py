@@ -40,7 +40,8 @@ def test_servers_of_four_kinds_share_the_blocks_and_leave_while_texts_run() -> N
         group_settings=blocks,
     )
     outcome = run_seed(small, 1, is_timed=False)
-    broken = [check for check in outcome.checks if not check.holds and check.metric not in ("texts.done", "throughput")]
+    too_short = ("texts.done", "throughput", "known.share.min")  # one text, and less time than between two idle looks
+    broken = [check for check in outcome.checks if not check.holds and check.metric not in too_short]
     assert (list(outcome.failures), broken) == ([], [])
     assert outcome.numbers["texts.done"] == outcome.numbers["texts.asked"] == 1
     assert outcome.numbers["served"] > 9, "some came back, and served again"
