@@ -50,9 +50,9 @@ def settle_claim(
     Peers in ``before`` were seen ahead of our own claim: theirs stand. Claims of the same moment are settled in the order of
     peer ids, each going where it helps most given those before it, as its owner, who sees the same, does too.
     """
-    rivals = [s for s in view.servers if s.state is State.JOINING and s.peer not in before and s.peer != own]
-    standing = tuple(server for server in view.servers if server not in rivals and server.peer != own)
-    for rival in sorted(rivals, key=lambda server: server.peer):
+    rivals = {s.peer: s for s in view.servers if s.state is State.JOINING and s.peer not in before and s.peer != own}
+    standing = tuple(server for server in view.servers if server.peer not in rivals and server.peer != own)
+    for rival in sorted(rivals.values(), key=lambda server: server.peer):
         if rival.peer < own:
             span = choose_span(replace(view, servers=standing), len(rival.span), rival.compute_class)
             standing += (replace(rival, span=span),)
