@@ -18,12 +18,16 @@ def block_throughputs(view: ModelView, compute_class: ComputeClass | None, witho
     """Tokens/s that each block's servers (online or joining) could do together."""
     rates = [0.0] * view.blocks
     for server in view.servers:
-        fits = compute_class in (None, server.compute_class) and server.state is not State.DRAINING
-        if fits and server.peer != without:
-            rate = _rate(server)
-            for block in range(server.span.start, min(server.span.end, view.blocks)):
-                rates[block] += rate
+        if server.peer != without:
+            _add(rates, server, compute_class)
     return rates
+
+
+def _add(rates: list[float], server: SpanRecord, compute_class: ComputeClass | None) -> None:
+    if compute_class in (None, server.compute_class) and server.state is not State.DRAINING:
+        rate = _rate(server)
+        for block in range(server.span.start, min(server.span.end, len(rates))):
+            rates[block] += rate
 
 
 def _rate(server: SpanRecord) -> float:
@@ -35,9 +39,12 @@ def choose_span(view: ModelView, blocks: int, compute_class: ComputeClass | None
 
     A server that can hold everything takes everything.
     """
-    blocks = max(1, min(blocks, view.blocks))
-    rates = block_throughputs(view, compute_class, own)
-    starts = range(view.blocks - blocks + 1)
+    return _weakest(block_throughputs(view, compute_class, own), blocks)
+
+
+def _weakest(rates: list[float], blocks: int) -> Span:
+    blocks = max(1, min(blocks, len(rates)))
+    starts = range(len(rates) - blocks + 1)
     best = min(starts, key=lambda start: (sorted(rates[start : start + blocks]), start))
     return Span(best, best + blocks)
 
@@ -51,9 +58,18 @@ def settle_claim(
     peer ids, each going where it helps most given those before it, as its owner, who sees the same, does too.
     """
     rivals = {s.peer: s for s in view.servers if s.state is State.JOINING and s.peer not in before and s.peer != own}
-    standing = tuple(server for server in view.servers if server.peer not in rivals and server.peer != own)
+    standing = [server for server in view.servers if server.peer not in rivals and server.peer != own]
+    rates: dict[ComputeClass | None, list[float]] = {}  # of each class, as it is asked for
+
+    def choose(count: int, wanted: ComputeClass | None) -> Span:
+        if wanted not in rates:
+            rates[wanted] = block_throughputs(replace(view, servers=tuple(standing)), wanted)
+        return _weakest(rates[wanted], count)
+
     for rival in sorted(rivals.values(), key=lambda server: server.peer):
         if rival.peer < own:
-            span = choose_span(replace(view, servers=standing), len(rival.span), rival.compute_class)
-            standing += (replace(rival, span=span),)
-    return choose_span(replace(view, servers=standing), blocks, compute_class)
+            settled = replace(rival, span=choose(len(rival.span), rival.compute_class))
+            standing.append(settled)
+            for known, found in rates.items():
+                _add(found, settled, known)
+    return choose(blocks, compute_class)

@@ -178,11 +178,13 @@ class Table(RoutingTable):
         if known is not None and known.group == group:
             return True
         if known is None and self._at_most.get(group, 0) >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
+            in_bucket = _count(group, self.buckets[self.get_bucket_for(node)].nodes)
+            if in_bucket >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
+                return False  # first, for it is quickly seen, and who is refused comes again and again
             waiting = sum(_count(group, bucket.replacement_nodes) for bucket in self.buckets)
             in_table = sum(_count(group, bucket.nodes) for bucket in self.buckets)
             self._at_most[group] = waiting + in_table
-            in_bucket = _count(group, self.buckets[self.get_bucket_for(node)].nodes)
-            if in_bucket >= limits.CONTACTS_PER_GROUP_AND_BUCKET or in_table >= limits.CONTACTS_PER_GROUP:
+            if in_table >= limits.CONTACTS_PER_GROUP:
                 return False
         if len(self._at_most) >= limits.GROUPS_COUNTED_MAX:
             self._at_most = dict.fromkeys(self._groups(), limits.CONTACTS_PER_GROUP)
