@@ -68,6 +68,8 @@ class MessageChannel:
         self._decoder = FrameDecoder(message_bytes_max=message_bytes_max, admit=admit)
         self._send_sequence = 0
         self._receive_sequence = 0
+        self.received_bytes = 0
+        """Of messages that have come and of the one that is coming."""
         self._receiver: ChannelReceiver | None = None
         self._queue: list[Message] = []
         self._arrived = Wake()
@@ -146,6 +148,7 @@ class MessageChannel:
         """From the stream."""
         if self._ended:
             return
+        self.received_bytes += len(data)
         try:
             started = time.perf_counter()
             frames = self._decoder.feed(data)

@@ -32,6 +32,7 @@ CALL_STALL_S = 60.0
 CALL_TURN_S = 120.0
 """How long a call waits for its turn at one server that has others before it and says so; its parts' way there comes on top."""
 UPLOAD_BYTES_PER_S = 32 << 10
+"""What comes or goes slower than this doesn't move."""
 LOOK_S = 0.5
 
 
@@ -48,6 +49,18 @@ class _Ears:
         self.heard_at = now
         self.moved_at = now
         self._begun = 0
+        self._came = (0, now)
+
+    def bytes_came(self, total: int, now: float) -> None:
+        """How many have come on this stream: an answer that is long on its way is a sign of life, and the only one meanwhile."""
+        before, then = self._came
+        if total == before:
+            self._came = before, now
+            return
+        self.heard, self.heard_at = True, now
+        if total - before >= UPLOAD_BYTES_PER_S * (now - then):
+            self.moved_at = now
+        self._came = total, now
 
     def message_received(self, message: Message) -> None:
         now = asyncio.get_running_loop().time()
@@ -135,7 +148,7 @@ async def call_remote(
         except PeerdError:
             if not ears.answer.done():  # what came before the write failed is the better word
                 raise
-        answer = await _answer(ears, stream, expect)
+        answer = await _answer(ears, channel, expect)
         fault = calls.fault_of_answer(request, request.digest(message.parts_digest), answer)
         if fault is not None:
             raise ProtocolViolation(f"A server answered a call with {fault}.")
@@ -166,13 +179,14 @@ def _readable(addresses: Sequence[str]) -> list[Multiaddr]:
     return found
 
 
-async def _answer(ears: _Ears, stream: Stream, expect: Callable[[float], None]) -> Message:
-    loop = asyncio.get_running_loop()
+async def _answer(ears: _Ears, channel: MessageChannel, expect: Callable[[float], None]) -> Message:
+    loop, stream = asyncio.get_running_loop(), channel.stream
     while True:
         expect(ears.word_due_s(loop.time(), stream.outgoing_bytes))
         done, _ = await asyncio.wait((ears.answer,), timeout=LOOK_S)
         if done:
             return ears.answer.result()
+        ears.bytes_came(channel.received_bytes, loop.time())
         fault = ears.overdue(loop.time(), stream.outgoing_bytes)
         if fault is not None:
             raise fault

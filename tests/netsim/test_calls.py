@@ -73,6 +73,17 @@ def test_only_a_server_that_has_a_call_is_struck_and_every_kind_before_any_again
     assert outcome.numbers["servers_lost"] >= len(struck), "each of these ends a call"
 
 
+def test_an_answer_that_is_long_on_its_way_is_no_silence() -> None:
+    """A 2 MiB answer over 2 Mbit/s takes 8 s, in which its server can say nothing else: no call is lost by that."""
+    told = of_few_hosts("call-loss", batches=1, strikes=(), rows=(4, 4), tokens=(128, 128), prompts=0.0)
+    wide = {name: replace(settings, width=1024) for name, settings in told.group_settings.items()}
+    links = replace(told.scenario.links, uplink_mbit=(2.0,), loss=0.0)
+    outcome = run_seed(replace(told, scenario=replace(told.scenario, links=links), group_settings=wide), 1)
+    assert outcome.failures == (), outcome.replay
+    assert outcome.numbers["batches.done"] == 1
+    assert outcome.numbers["batches.wrong"] == outcome.numbers["servers_lost"] == 0
+
+
 def test_copies_of_calls_are_answered_as_their_table_says_and_change_no_gradient() -> None:
     outcome = ran_with_copies()
     assert outcome.failures == (), outcome.replay
