@@ -170,7 +170,8 @@ class FollowedKey:
         """
         async with self._reading:
             fresh_s = limits.THOROUGH_S if thorough else limits.LOCATED_S
-            holders = await self._asker.nearest_to(self._target, limits.LOCATED_HOLDERS, fresh_s=fresh_s)
+            located = await self._asker.nearest_to(self._target, limits.LOCATED_HOLDERS, fresh_s=fresh_s)
+            holders = located[: limits.LOCATED_HOLDERS]  # a lookup hears of more, and those aren't everybody's
             self._known.keep_cursors_of(holders)
             wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS
             self.answers = await self._ask_in_turn(self._order(holders), wanted)

@@ -127,7 +127,7 @@ LOCATED_LONELY_S = 30.0
 RELOCATE_S = 20.0
 """The least between two lookups of one neighbourhood, however often it seems to have changed."""
 CHANGED_SHARE = 4
-"""It has when so many of its members (one of four) have strangers before them."""
+"""It has when a quarter of the `NEAR` nearest, or of all members where they are fewer, are strangers."""
 THOROUGH_S = 10.0
 """A neighbourhood that was looked for so lately isn't looked for again, even where blocks seem to be missing."""
 NEIGHBOURHOODS_MAX = 1024

@@ -89,7 +89,7 @@ class Neighbourhoods:
         farthest = max(member.long_id ^ here for member in known.members.values())
         near = [contact.id for contact in new if known.is_lonely or contact.long_id ^ here < farthest]
         known.strangers |= dict.fromkeys(near)
-        known.has_changed = limits.CHANGED_SHARE * len(known.strangers) >= known.found
+        known.has_changed = limits.CHANGED_SHARE * len(known.strangers) >= min(known.found, limits.NEAR)
 
     def lost(self, place: bytes, contact: Contact) -> None:
         """A member didn't answer."""

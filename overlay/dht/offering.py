@@ -79,6 +79,11 @@ class Offering:
         is_full = bool(outcomes) and all(outcome is Put.FULL for outcome in outcomes)
         self._publications.offered(publication, holders, self._now(), is_full=is_full)
         self._offered()
+        if not self._neighbourhoods.members(place.id, copies, self._now()):  # as the answers just showed
+            found = await self._around.nearest_to(place, copies)
+            await self._fill_up(
+                publication, [contact for contact in found[:copies] if contact.id not in publication.holders]
+            )
 
     def neighbourhood_found(self, place: bytes, members: Sequence[Contact]) -> None:
         """A key's neighbourhood was looked for: those who are new in it get our records of that key at once."""

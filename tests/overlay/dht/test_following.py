@@ -124,6 +124,17 @@ def test_readers_spread_over_the_holders() -> None:
     assert max(asked) < 30
 
 
+def test_of_all_that_a_lookup_heard_of_only_the_nearest_are_asked() -> None:
+    """Farther ones hold what few publishers bring: four of them know fewer servers than there are."""
+    holders = Holders(count=18, records=[sealed()])
+
+    async def scene(followed: FollowedKey) -> None:
+        await followed.read(thorough=True)
+        assert sorted(holders.names()) == list(range(limits.LOCATED_HOLDERS))
+
+    following(holders, scene)
+
+
 def test_a_holder_that_fails_is_replaced_by_the_next() -> None:
     holders = Holders(records=[sealed()])
     order = order_of(b"salt")

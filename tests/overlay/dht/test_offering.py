@@ -238,3 +238,21 @@ def test_what_is_abandoned_stays_readable_to_its_end_and_a_withdrawal_takes_it_b
         assert nodes[1]._publications.get(OTHER, b"a") is None
 
     run_nodes(4, scene)
+
+
+def test_an_offer_whose_answers_name_strangers_reaches_them_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RELOCATE_S", 0.0)
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        publisher, stranger = nodes[1], hosts[3].peer_id
+        place = location_of(KEY)
+        await look(publisher)
+        members = publisher._neighbourhoods.members(place, limits.KSIZE, publisher._now())
+        known = [contact for contact in members if contact.peer != stranger]
+        assert len(known) == len(members) - 1
+        seen = [contact.id for contact in known]
+        publisher._neighbourhoods.located(place, known, limits.KSIZE, seen, publisher._now())
+        await publisher.publish_and_wait(KEY, b"a", b"reached", TTL_S)
+        assert held_by(nodes[3]) == [b"reached"]
+
+    run_nodes(4, scene)
