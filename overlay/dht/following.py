@@ -47,8 +47,7 @@ class _Told:
 class Known:
     """What holders told of one key, by (publisher, subkey); bounded, and expiring."""
 
-    def __init__(self, key: bytes) -> None:
-        self._key = key
+    def __init__(self) -> None:
         self._told: dict[RecordName, _Told] = {}
         self._cursors: dict[bytes, tuple[bytes, float]] = {}
         """Of each holder, and when it gave it."""
@@ -155,7 +154,7 @@ class FollowedKey:
         self._salt = salt
         self._now = now
         self._target = Node(location_of(key))
-        self._known = Known(key)
+        self._known = Known()
         self._reading = asyncio.Lock()
         self._turn = 0
         self._turned = now()

@@ -36,14 +36,14 @@ def numbers(known: Known, now: float = 0.0) -> list[int]:
 
 
 def test_a_record_lives_as_long_as_its_holder_says_that_it_has_left() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(ttl_s=60), left_s=10.0), 100.0)
     assert known.live(109.9) == [sealed(ttl_s=60)]
     assert known.live(110.0) == []
 
 
 def test_of_two_holders_the_one_that_has_it_longer_is_believed_but_not_past_its_life_from_first_sight() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(ttl_s=60), left_s=10.0), 100.0)
     known.heard(b"b", told(sealed(ttl_s=60), left_s=20.0), 100.0)
     assert known.live(119.9) and not known.live(120.0)
@@ -52,20 +52,20 @@ def test_of_two_holders_the_one_that_has_it_longer_is_believed_but_not_past_its_
 
 
 def test_a_holder_that_has_it_less_long_takes_nothing_away() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(ttl_s=60), left_s=50.0), 100.0)
     known.heard(b"b", told(sealed(ttl_s=60), left_s=1.0), 100.0)
     assert known.live(149.9)
 
 
 def test_one_that_claims_more_life_than_a_record_was_given_is_not_believed() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(ttl_s=60), left_s=9000.0), 100.0)
     assert known.live(159.9) and not known.live(160.0)
 
 
 def test_what_is_over_does_not_come_back_by_being_told_again() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(ttl_s=60)), 100.0)
     for now in (160.0, 190.0, 219.9):
         known.heard(b"b", told(sealed(ttl_s=60)), now)
@@ -73,7 +73,7 @@ def test_what_is_over_does_not_come_back_by_being_told_again() -> None:
 
 
 def test_what_is_over_is_forgotten_after_as_long_again() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(ttl_s=60)), 100.0)
     known.live(219.9)
     assert len(known) == 1
@@ -82,7 +82,7 @@ def test_what_is_over_is_forgotten_after_as_long_again() -> None:
 
 
 def test_a_newer_version_lives_anew_and_an_older_one_changes_nothing() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(sequence=2, ttl_s=60)), 100.0)
     known.heard(b"b", told(sealed(sequence=1, ttl_s=60, value=b"old")), 150.0)
     assert [record.sequence for record in known.live(159.9)] == [2]
@@ -92,7 +92,7 @@ def test_a_newer_version_lives_anew_and_an_older_one_changes_nothing() -> None:
 
 
 def test_a_withdrawal_hides_a_record_and_keeps_older_copies_out() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(sequence=1)), 0.0)
     known.heard(b"a", told(sealed(sequence=2, value=b"")), 1.0)
     known.heard(b"b", told(sealed(sequence=1)), 2.0)
@@ -100,7 +100,7 @@ def test_a_withdrawal_hides_a_record_and_keeps_older_copies_out() -> None:
 
 
 def test_cursors_are_kept_of_holders_only() -> None:
-    known, (one, other, *_) = Known(KEY), CONTACTS
+    known, (one, other, *_) = Known(), CONTACTS
     for contact in (one, other):
         known.heard(contact.id, told(cursor=contact.id[:8]), 0.0)
     known.keep_cursors_of([other, CONTACTS[5]])
@@ -108,7 +108,7 @@ def test_cursors_are_kept_of_holders_only() -> None:
 
 
 def test_of_what_a_holder_lacks_that_counts_which_is_known_for_a_while_and_the_rest_is_waited_for() -> None:
-    known, at = Known(KEY), limits.CORRECTED_AFTER_S
+    known, at = Known(), limits.CORRECTED_AFTER_S
     lacking = [sealed(1, sequence=5, ttl_s=LASTING_S), sealed(2, ttl_s=LASTING_S), sealed(3, ttl_s=LASTING_S)]
     known.heard(b"a", told(lacking[0]), 0.0)
     known.heard(b"a", told(lacking[1]), 5.0)
@@ -121,7 +121,7 @@ def test_of_what_a_holder_lacks_that_counts_which_is_known_for_a_while_and_the_r
 
 
 def test_no_holder_is_told_of_what_lives_shortly() -> None:
-    known, at = Known(KEY), limits.CORRECTED_AFTER_S
+    known, at = Known(), limits.CORRECTED_AFTER_S
     lacking = [sealed(number, ttl_s=limits.SHORT_LIVED_S + number - 2) for number in (1, 2, 3)]
     known.heard(b"a", told(*lacking), 0.0)
     assert known.lacked(lacking, at) == lacking[2:]
@@ -129,20 +129,20 @@ def test_no_holder_is_told_of_what_lives_shortly() -> None:
 
 
 def test_what_lives_shortly_takes_no_room_among_what_a_holder_is_told() -> None:
-    known, many = Known(KEY), [plain(number) for number in range(limits.CORRECTED_RECORDS_MAX)]
+    known, many = Known(), [plain(number) for number in range(limits.CORRECTED_RECORDS_MAX)]
     lasting = plain(len(many), ttl_s=LASTING_S)
     known.heard(b"a", told(*many, lasting), 0.0)
     assert known.lacked([*many, lasting], limits.CORRECTED_AFTER_S) == [lasting]
 
 
 def test_a_holder_is_told_a_bounded_number_of_records_at_once() -> None:
-    known, many = Known(KEY), [plain(number, ttl_s=LASTING_S) for number in range(3 * limits.CORRECTED_RECORDS_MAX)]
+    known, many = Known(), [plain(number, ttl_s=LASTING_S) for number in range(3 * limits.CORRECTED_RECORDS_MAX)]
     known.heard(b"a", told(*many), 0.0)
     assert len(known.lacked(many, limits.CORRECTED_AFTER_S)) == limits.CORRECTED_RECORDS_MAX
 
 
 def test_what_a_holder_might_tell_again_is_what_was_heard_from_others_since_its_last_answer() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(1)), 0.0)
     known.heard(b"b", told(sealed(2)), 5.0)
     known.heard(b"b", told(sealed(3)), 8.0)
@@ -156,7 +156,7 @@ def test_what_a_holder_might_tell_again_is_what_was_heard_from_others_since_its_
 
 
 def test_what_has_less_than_half_of_its_life_left_may_be_told_again_by_others() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(sealed(1, ttl_s=60), left_s=29.9), 0.0)
     known.heard(b"a", told(sealed(2, ttl_s=60), left_s=40.0), 0.0)
     assert known.news_for(b"b", 0.0) == [sealed(2, ttl_s=60)]
@@ -166,7 +166,7 @@ def test_what_has_less_than_half_of_its_life_left_may_be_told_again_by_others() 
 
 @pytest.mark.parametrize("floods_first", [True, False])
 def test_a_flood_from_one_holder_crowds_out_nothing_that_others_tell(floods_first: bool) -> None:
-    known, honest = Known(KEY), range(1_000_000, 1_000_200)
+    known, honest = Known(), range(1_000_000, 1_000_200)
     flood = [told(*(plain(number) for number in range(at, at + 1000))) for at in range(0, 10_000, 1000)]
     if floods_first:
         known.heard(b"liar", flood[0], 0.0)
@@ -179,14 +179,14 @@ def test_a_flood_from_one_holder_crowds_out_nothing_that_others_tell(floods_firs
 
 
 def test_what_one_honest_holder_alone_tells_outlasts_anothers_flood() -> None:
-    known = Known(KEY)
+    known = Known()
     known.heard(b"a", told(*(plain(1_000_000 + number) for number in range(100))), 0.0)
     known.heard(b"liar", told(*(plain(number) for number in range(3 * limits.RECORDS_PER_KEY_MAX))), 0.0)
     assert sum(number >= 1_000_000 for number in numbers(known)) == 100
 
 
 def test_what_another_confirms_stays_though_the_flooding_holder_told_it_first() -> None:
-    known, honest = Known(KEY), [plain(1_000_000 + number) for number in range(100)]
+    known, honest = Known(), [plain(1_000_000 + number) for number in range(100)]
     known.heard(b"liar", told(*(plain(number) for number in range(300))), 0.0)
     known.heard(b"liar", told(*honest), 0.0)
     known.heard(b"a", told(*honest), 0.0)
@@ -196,7 +196,7 @@ def test_what_another_confirms_stays_though_the_flooding_holder_told_it_first() 
 
 
 def test_what_all_tell_is_bounded_too() -> None:
-    known = Known(KEY)
+    known = Known()
     many = [plain(number) for number in range(limits.RECORDS_PER_KEY_MAX + 10)]
     for holder in (b"a", b"b"):
         for at in range(0, len(many), 500):
@@ -205,7 +205,7 @@ def test_what_all_tell_is_bounded_too() -> None:
 
 
 def test_bytes_are_bounded_and_replaced_ones_free_theirs() -> None:
-    known = Known(KEY)
+    known = Known()
     size_bytes = plain(0, limits.VALUE_BYTES_MAX).size_bytes
     fitting = limits.BYTES_PER_KEY_MAX // size_bytes
     known.heard(b"a", told(*(plain(number, limits.VALUE_BYTES_MAX) for number in range(fitting))), 0.0)
