@@ -37,6 +37,7 @@ TURNS_PER_MOMENT_MAX = 2_000
 
 YOUNG_COLLECTION_CALLBACKS = 200_000
 FULL_COLLECTION_CALLBACKS = 2_000_000
+"""The first full one; the next when half as many more have run: it looks at all that lives, which grows as well."""
 
 CANCELLED_TIMERS_MIN = 1_000
 """Fewer cancelled timers than this are left lying in the heap until their time."""
@@ -421,7 +422,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _collect(self) -> None:
         if self.events >= self._next_full:
-            self._next_full = self.events + FULL_COLLECTION_CALLBACKS
+            self._next_full = max(self.events * 3 // 2, self.events + FULL_COLLECTION_CALLBACKS)
             gc.collect()
         elif self.events >= self._next_young:
             self._next_young = self.events + YOUNG_COLLECTION_CALLBACKS

@@ -16,6 +16,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from blocks.model.identity import Manifest
 from overlay.dht.node import Dht
@@ -48,6 +49,7 @@ MANIFEST_KEEPERS = 32
 OTHERS_MIN = 8
 """With fewer other publishers than that, a manifest is published by every server: keepers may still be loading, or lie."""
 KEEPERS_S = 10.0
+DRAWS_CACHED = 16384
 CONTESTED_TIMES = 2
 """With more than half as many that say something else, all servers say what they know."""
 CONTESTED_S = 3600.0
@@ -251,5 +253,6 @@ def keeps_manifest(model: ModelId, own: bytes, servers: Iterable[SpanRecord], *,
     return before < (2 * MANIFEST_KEEPERS if publishes else MANIFEST_KEEPERS)
 
 
+@lru_cache(maxsize=DRAWS_CACHED)
 def _draw(model: ModelId, peer: bytes) -> bytes:
     return hashlib.sha256(b"peerd/manifest-keeper/1" + model + peer).digest()

@@ -173,7 +173,7 @@ class ModelHost:
         model = id_of(source)
         started = self._clock.now()
         self._swarm.expect_blocks(model, source.blocks)  # so that claims are seen before anybody's manifest is
-        await self._swarm.refresh()
+        await self._swarm.look()
         compute_class, span, sizing = self._place(source, model)
         before = frozenset(server.peer for server in self._swarm.view(model).servers)
         record = self._claim(source, model, span, compute_class)

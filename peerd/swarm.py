@@ -36,12 +36,16 @@ log = logging.getLogger(__name__)
 BUSY_REFRESH_S = 2.0
 IDLE_REFRESH_S = 10.0
 IDLE_REFRESH_MAX_S = 20.0
+SERVING_REFRESH_MAX_S = 60.0
+"""For a daemon that serves and that nobody asks anything: it holds what it holds, and looks before it drives."""
 IDLE_SERVERS = 100
 """Where more servers are known than these, each idle daemon looks less often: somebody sees a gap as soon."""
 BUSY_FOR_S = 15.0
 MANIFESTS_EVERY_S = 8.0
 """Manifests are larger than records and change less."""
 MANIFESTS_IDLE_S = 60.0
+LOOK_S = 2.0
+"""A look that takes no longer isn't late."""
 FRESH_S = 3.0
 """Blocks that nobody serves are said to be so on the word of a look no older than this."""
 INTEREST_S = 120.0
@@ -224,7 +228,7 @@ class Swarm:
     async def run(self) -> None:
         """Refresh for ever."""
         while True:
-            await self._look()
+            await self.look()
             try:
                 async with asyncio.timeout(self._pause_s()):
                     await self._wake.wait()
@@ -237,7 +241,8 @@ class Swarm:
         if self._is_busy() or not self._models:
             return BUSY_REFRESH_S
         known = max(len(self.view(model).servers) for model in self._block_counts) if self._block_counts else 0
-        return min(IDLE_REFRESH_MAX_S, IDLE_REFRESH_S * max(1.0, known / IDLE_SERVERS))
+        at_most_s = SERVING_REFRESH_MAX_S if self._own else IDLE_REFRESH_MAX_S
+        return min(at_most_s, IDLE_REFRESH_S * max(1.0, known / IDLE_SERVERS))
 
     def _is_busy(self) -> bool:
         return self._clock.now() < self._busy_until
@@ -246,9 +251,10 @@ class Swarm:
         """Look at manifests and records now, and thoroughly; concurrent callers do so one after the other."""
         self._manifests_at = float("-inf")
         self._thorough = True
-        await self._look()
+        await self.look()
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Look now, as is usual; concurrent callers do so one after the other."""
         async with self._refreshing:
             thorough, self._thorough = self._thorough, False
             every_s = MANIFESTS_EVERY_S if self._is_busy() else MANIFESTS_IDLE_S
@@ -261,7 +267,11 @@ class Swarm:
             self._notify()
 
     async def freshen(self, model: ModelId) -> None:
-        """Look first, if some blocks seem to be served by nobody and that is an old impression."""
+        """Look first, if what is known is older than an idle daemon's, or some blocks seem to be served by nobody."""
+        now = self._clock.now()
+        if now - self._seen_at.get(model, float("-inf")) > IDLE_REFRESH_MAX_S + LOOK_S:
+            self._planned_at[model] = now  # it matters from now on, so that it is among those looked at
+            await self.look()
         gaps = self.view(model).missing(State.ONLINE, State.JOINING)
         if gaps and not self._is_fresh(model):
             await self.refresh()

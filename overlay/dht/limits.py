@@ -45,8 +45,6 @@ REPUBLISH_RETRY_S = 5.0
 # --- the table ---
 CONTACTS_PER_GROUP_AND_BUCKET = 2
 CONTACTS_PER_GROUP = 10
-GROUPS_COUNTED_MAX = 1 << 16
-"""More than a table and those who wait for a place in it can ever have: older counts are forgotten."""
 BUCKETS_MAX = 512
 ADDRESSES_PER_CONTACT = 8
 ADDRESS_BYTES_MAX = 300
@@ -128,6 +126,10 @@ RELOCATE_S = 20.0
 """The least between two lookups of one neighbourhood, however often it seems to have changed."""
 CHANGED_SHARE = 4
 """It has when a quarter of the `NEAR` nearest, or of all members where they are fewer, are strangers."""
+ANSWERED_S = 60.0
+"""A member that answered within this time isn't asked again when its neighbourhood is looked for anew, ..."""
+ASKED_AGAIN = 3
+"""... but so many of the nearest: they name all that are near, and not only the nearest `NEAR`."""
 THOROUGH_S = 10.0
 """A neighbourhood that was looked for so lately isn't looked for again, even where blocks seem to be missing."""
 NEIGHBOURHOODS_MAX = 1024

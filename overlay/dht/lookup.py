@@ -72,7 +72,7 @@ class NodeLookup(SpiderCrawl):
         self, protocol: LookupProtocol, target: Node, contacts: Sequence[Contact], ksize: int, own_id: bytes,
         requests_max: int = limits.LOOKUP_RPCS_MAX, at_once: int = limits.ALPHA, wanted: int | None = None,
     ) -> None:  # fmt: skip
-        """``wanted``: how many of the closest must have answered; all ``ksize`` of them without it."""
+        """``wanted``: how many of the closest must have answered, and are asked; all ``ksize`` of them without it."""
         super().__init__(protocol, target, [], ksize, at_once)
         self.nearest: CandidateHeap = CandidateHeap(target, ksize)
         self.nearest.push(list(contacts))
@@ -140,9 +140,13 @@ class NodeLookup(SpiderCrawl):
         """Those that kept the lookup waiting to its end."""
         return [node for node in self.nearest.by_distance() if node.id in self._late]
 
-    def named(self) -> list[bytes]:
-        """Ids that came up near the target, those that failed too; bounded by `CANDIDATES_MAX` and the requests."""
-        return [*(node.id for node in self.nearest.by_distance()), *self._failed]
+    def named(self) -> list[Contact]:
+        """Who came up near the target and didn't fail, the nearest first; bounded by `CANDIDATES_MAX`."""
+        return list(self.nearest.by_distance())
+
+    def failed(self) -> list[bytes]:
+        """Ids of those that didn't answer; bounded by the requests."""
+        return list(self._failed)
 
     @property
     def patience_s(self) -> float:
@@ -166,7 +170,8 @@ class NodeLookup(SpiderCrawl):
 
     def _to_ask(self, in_flight: int) -> list[Contact]:
         room = min(self.alpha - in_flight, self._requests_max - self.requests)
-        waiting = [node for node in self._closest() if node.id not in self.nearest.contacted]
+        among = self._closest()[: self._closest_wanted]
+        waiting = [node for node in among if node.id not in self.nearest.contacted]
         return waiting[: max(room, 0)]
 
     def _ask(self, contact: Contact) -> Coroutine[Any, Any, Found | None]:

@@ -2,7 +2,8 @@
 
 A key that is read every few seconds, or renewed every half minute, isn't looked for each time. That the neighbourhood changed shows in
 what its members say: one that doesn't answer leaves it, and one that names a node near the key that nobody named before makes it be
-looked for anew.
+looked for anew. Such a look asks the strangers and the few nearest: members that answered a moment ago needn't show again that they
+are there. Others who look for the same key are told who its members are.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ class _Neighbourhood:
     """How many there were."""
     wanted: int
     """How many were looked for."""
+    around: tuple[Contact, ...]
+    """Who else its lookup heard of, the nearest of them: where to go on from when more are wanted, or members leave."""
     seen: dict[bytes, None]
     """Ids that its lookup saw, members or not: one that was named and didn't answer is no news."""
     located: float
+    answered: dict[bytes, float]
+    """When each member last did."""
     patience_s: float
     """The least time until it is looked for again; longer where looking found the same: whoever names strangers gains nothing by it."""
     has_changed: bool = False
-    strangers: dict[bytes, None] = field(default_factory=dict)
-    """Who was named since, and is nearer than a member; counted until there are enough of them."""
+    strangers: dict[bytes, Contact] = field(default_factory=dict)
+    """Who was named since, and is nearer than a member; at most `limits.KSIZE`."""
 
     @property
     def is_lonely(self) -> bool:
@@ -46,15 +51,25 @@ class Neighbourhoods:
     def __len__(self) -> int:
         return len(self._known)
 
-    def located(self, place: bytes, members: Sequence[Contact], wanted: int, seen: Iterable[bytes], now: float) -> None:
-        """A lookup for ``wanted`` nodes found ``members``, and saw ``seen``."""
+    def located(
+        self,
+        place: bytes,
+        members: Sequence[Contact],
+        wanted: int,
+        named: Sequence[Contact],
+        failed: Iterable[bytes],
+        now: float,
+    ) -> None:
+        """A lookup for ``wanted`` nodes found ``members``, heard of all that were ``named``, and of them ``failed`` to answer."""
         before = self._known.pop(place, None)
         by_id = {contact.id: contact for contact in members}
         patience_s = limits.RELOCATE_S
         if before is not None and list(before.members) == list(by_id):
             patience_s = min(2 * before.patience_s, limits.LOCATED_S)
-        names = dict.fromkeys(seen) | dict.fromkeys(by_id)
-        self._known[place] = _Neighbourhood(by_id, len(by_id), wanted, names, now, patience_s)
+        seen = dict.fromkeys(contact.id for contact in named) | dict.fromkeys(failed) | dict.fromkeys(by_id)
+        around = tuple([contact for contact in named if contact.id not in by_id][: limits.KSIZE])
+        answered = dict.fromkeys(by_id, now)
+        self._known[place] = _Neighbourhood(by_id, len(by_id), wanted, around, seen, now, answered, patience_s)
         while len(self._known) > limits.NEIGHBOURHOODS_MAX:
             del self._known[next(iter(self._known))]
 
@@ -77,19 +92,48 @@ class Neighbourhoods:
         known = self._known.get(place)
         return 0 if known is None else known.wanted
 
-    def named(self, place: bytes, contacts: Iterable[Contact]) -> None:
+    def start(self, place: bytes, now: float, fresh_s: float = limits.LOCATED_S) -> tuple[list[Contact], list[Contact]]:
+        """Where to begin to look for it again, and who of those needn't be asked: members that answered lately, but the nearest few.
+
+        Nothing where there were fewer than were looked for: then everybody is asked.
+        """
+        known = self._known.get(place)
+        if known is None or known.is_lonely:
+            return [], []
+        members = list(known.members.values())
+        since = now - min(fresh_s, limits.ANSWERED_S)
+        answered = [contact for contact in members[limits.ASKED_AGAIN :] if known.answered[contact.id] > since]
+        return [*members, *known.strangers.values(), *known.around], answered
+
+    def told(self, place: bytes, now: float) -> list[Contact]:
+        """The nearest members, for others who look for them: no more of one address group than a bucket may hold."""
+        known = self._known.get(place)
+        if known is None or now - known.located >= limits.LOCATED_S:
+            return []
+        found: list[Contact] = []
+        for contact in list(known.members.values())[: limits.LOCATED_HOLDERS]:
+            in_group = sum(other.group == contact.group for other in found) if contact.group else 0
+            if in_group < limits.CONTACTS_PER_GROUP_AND_BUCKET:
+                found.append(contact)
+        return found
+
+    def named(self, place: bytes, member: Contact, contacts: Iterable[Contact], now: float) -> None:
         """A member said who is near: when some strangers are nearer than our farthest member, the neighbourhood has changed."""
         known = self._known.get(place)
-        if known is None or not known.members or known.has_changed:
+        if known is None or not known.members:
+            return
+        if member.id in known.members:
+            known.answered[member.id] = now
+        if len(known.strangers) >= limits.KSIZE:
             return
         new = [contact for contact in contacts if contact.id not in known.seen and contact.id not in known.strangers]
         if not new:
             return
         here = int.from_bytes(place, "big")
         farthest = max(member.long_id ^ here for member in known.members.values())
-        near = [contact.id for contact in new if known.is_lonely or contact.long_id ^ here < farthest]
-        known.strangers |= dict.fromkeys(near)
-        known.has_changed = limits.CHANGED_SHARE * len(known.strangers) >= min(known.found, limits.NEAR)
+        near = [contact for contact in new if known.is_lonely or contact.long_id ^ here < farthest]
+        known.strangers |= {contact.id: contact for contact in near}
+        known.has_changed |= limits.CHANGED_SHARE * len(known.strangers) >= min(known.found, limits.NEAR)
 
     def lost(self, place: bytes, contact: Contact) -> None:
         """A member didn't answer."""

@@ -213,8 +213,9 @@ class Dht:
         requests_max: int = limits.LOOKUP_RPCS_MAX,
         at_once: int = limits.ALPHA,
         wanted: int | None = None,
+        known: Sequence[Contact] = (),
     ) -> NodeLookup:
-        start, ksize = self._table.find_neighbors(target, self.config.ksize), self.config.ksize
+        start, ksize = [*known, *self._table.find_neighbors(target, self.config.ksize)], self.config.ksize
         return NodeLookup(self._protocol, target, start, ksize, self._self.id, requests_max, at_once, wanted)
 
     async def _closest_to(
@@ -268,10 +269,13 @@ class Dht:
         if known:
             return known
         wanted = max(wanted, self._neighbourhoods.wanted(target.id))
-        lookup = self._lookup_for(target, wanted=wanted)
+        start, answered = self._neighbourhoods.start(target.id, self._now(), fresh_s)
+        lookup = self._lookup_for(target, wanted=wanted, known=start)
+        for contact in answered:
+            lookup.begin_with(contact, Found(()))
         found = await lookup.find()
         self._looked(lookup)
-        self._neighbourhoods.located(target.id, found, wanted, lookup.named(), self._now())
+        self._neighbourhoods.located(target.id, found, wanted, lookup.named(), lookup.failed(), self._now())
         self._offering.neighbourhood_found(target.id, found)
         return tuple(found)
 
@@ -288,7 +292,7 @@ class Dht:
         if found is None:
             self._neighbourhoods.lost(place, contact)
         else:
-            self._neighbourhoods.named(place, found.contacts)
+            self._neighbourhoods.named(place, contact, found.contacts, self._now())
         return found
 
     def correct(self, contact: Contact, records: Sequence[Record]) -> None:
@@ -335,8 +339,13 @@ class Dht:
     # --- what the wire asks ---
 
     def closest(self, target: Node, asker: PeerId) -> list[Contact]:
-        """From the table; neither the asker nor ourselves."""
-        near = self._table.find_neighbors(target, self.config.ksize, exclude=Contact(asker))
+        """From the table, and of the members of a neighbourhood that we found there; neither the asker nor ourselves."""
+        unwanted = Contact(asker)
+        near = self._table.find_neighbors(target, self.config.ksize, exclude=unwanted)
+        members = self._neighbourhoods.told(target.id, self._now())
+        if members:
+            both = {contact.id: contact for contact in (*members, *near) if contact.id != unwanted.id}
+            return sorted(both.values(), key=target.distance_to)[: self.config.ksize]
         exact = self._table.get(target.id)
         return near if exact is None or exact.peer == asker else [exact, *near][: self.config.ksize]
 

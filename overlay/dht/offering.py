@@ -69,7 +69,7 @@ class Offering:
                 self._neighbourhoods.lost(place.id, contact)
                 self._neighbourhoods.changed(place.id)  # somebody is missing: look again before the next offer
                 continue
-            self._neighbourhoods.named(place.id, answer.contacts)
+            self._neighbourhoods.named(place.id, contact, answer.contacts, self._now())
             outcome, held = answer.outcomes[0]
             if outcome in TAKEN:
                 holders.append(contact)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from overlay.dht import limits
 from overlay.dht.records import Record
@@ -44,8 +45,7 @@ def read_cursor(data: bytes, life: bytes) -> Cursor:
     return Cursor(life)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A record that can be told, its serial, and the seconds that it has left to live."""
 
     record: Record

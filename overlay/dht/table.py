@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -108,18 +109,58 @@ class CandidateHeap(NodeHeap):
 class Bucket(KBucket):
     """A bucket that reads no clock; when its part of the id space was looked into is the node's business."""
 
+    def __init__(self, low: int, high: int, ksize: int, groups: Counter[str]) -> None:
+        """``groups``: how many of each address group are in the whole table; kept true here."""
+        super().__init__(low, high, ksize)
+        self._groups = groups
+
     def touch_last_updated(self) -> None:
         """The base's clock."""
+
+    def add_node(self, node: Contact) -> bool:
+        """Add or renew it; False where the bucket is full, and it waits."""
+        before: Contact | None = self.nodes.get(node.id)
+        is_in = bool(super().add_node(node))
+        if is_in and (before is None or before.group != node.group):
+            self._came(node)
+            if before is not None:
+                self._left(before)
+        return is_in
+
+    def remove_node(self, node: Contact) -> None:
+        """Remove it; who came to wait last takes its place."""
+        before: Contact | None = self.nodes.get(node.id)
+        count = len(self)
+        super().remove_node(node)
+        if before is not None:
+            self._left(before)
+            if len(self) == count:
+                self._came(next(reversed(self.nodes.values())))
 
     def split(self) -> tuple[Bucket, Bucket]:
         """Two halves; replacements stay candidates of their half."""
         low, high = self.range
         middle = (low + high) // 2
-        halves = Bucket(low, middle, self.ksize), Bucket(middle + 1, high, self.ksize)
+        halves = (
+            Bucket(low, middle, self.ksize, self._groups),
+            Bucket(middle + 1, high, self.ksize, self._groups),
+        )
+        for node in self.nodes.values():
+            self._left(node)
         for nodes in (self.nodes, self.replacement_nodes):
             for node in nodes.values():
                 halves[0 if node.long_id <= middle else 1].add_node(node)
         return halves
+
+    def _came(self, node: Contact) -> None:
+        if node.group:
+            self._groups[node.group] += 1
+
+    def _left(self, node: Contact) -> None:
+        if node.group:
+            self._groups[node.group] -= 1
+            if not self._groups[node.group]:
+                del self._groups[node.group]
 
     @property
     def prefix_bits(self) -> int:
@@ -131,13 +172,13 @@ class Table(RoutingTable):
     """Contacts by distance from us."""
 
     def __init__(self, node: Contact, ksize: int = limits.KSIZE) -> None:
+        self._groups: Counter[str] = Counter()
         super().__init__(None, ksize, node)
-        self._at_most: dict[str, int] = {}
-        """No more of a group than this are in the table or wait for a place in it; counted anew where that would be too many."""
 
     def flush(self) -> None:
         """Start empty. The range is inclusive at both ends."""
-        self.buckets = [Bucket(0, 2**limits.ID_BITS - 1, self.ksize)]
+        self._groups.clear()
+        self.buckets = [Bucket(0, 2**limits.ID_BITS - 1, self.ksize, self._groups)]
 
     def get_bucket_for(self, node: Node) -> int:
         """The bucket whose inclusive range holds the id (the base errs at a range's upper end)."""
@@ -173,27 +214,15 @@ class Table(RoutingTable):
         return bool(bucket.has_in_range(self.node)) or bucket.prefix_bits % limits.SPLIT_EVERY != 0
 
     def _is_diverse(self, node: Contact) -> bool:
-        """Whether there is room for one more of its group; if so, it is counted as come."""
-        group, known = node.group, self.get(node.id)
-        if known is not None and known.group == group:
+        """Whether there is room for one more of its group."""
+        in_table = self._groups[node.group]
+        if in_table < limits.CONTACTS_PER_GROUP_AND_BUCKET:
             return True
-        if known is None and self._at_most.get(group, 0) >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
-            in_bucket = _count(group, self.buckets[self.get_bucket_for(node)].nodes)
-            if in_bucket >= limits.CONTACTS_PER_GROUP_AND_BUCKET:
-                return False  # first, for it is quickly seen, and who is refused comes again and again
-            waiting = sum(_count(group, bucket.replacement_nodes) for bucket in self.buckets)
-            in_table = sum(_count(group, bucket.nodes) for bucket in self.buckets)
-            self._at_most[group] = waiting + in_table
-            if in_table >= limits.CONTACTS_PER_GROUP:
-                return False
-        if len(self._at_most) >= limits.GROUPS_COUNTED_MAX:
-            self._at_most = dict.fromkeys(self._groups(), limits.CONTACTS_PER_GROUP)
-        self._at_most[group] = self._at_most.get(group, 0) + 1
-        return True
-
-    def _groups(self) -> set[str]:
-        held = [nodes for bucket in self.buckets for nodes in (bucket.nodes, bucket.replacement_nodes)]
-        return {contact.group for nodes in held for contact in nodes.values()}
+        nodes: Mapping[bytes, Contact] = self.buckets[self._index_of(node.long_id)].nodes
+        if node.id in nodes:
+            return True
+        in_bucket = [held.group for held in nodes.values()].count(node.group)
+        return in_table < limits.CONTACTS_PER_GROUP and in_bucket < limits.CONTACTS_PER_GROUP_AND_BUCKET
 
     def contacts(self) -> list[Contact]:
         """All of them, bucket by bucket."""
@@ -245,7 +274,3 @@ class Table(RoutingTable):
     def own_depth(self) -> int:
         """How many leading bits the bucket around our own id fixes."""
         return cast("Bucket", self.buckets[self.get_bucket_for(self.node)]).prefix_bits
-
-
-def _count(group: str, nodes: Mapping[bytes, Contact]) -> int:
-    return [node.group for node in nodes.values()].count(group)

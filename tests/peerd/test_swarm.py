@@ -377,6 +377,44 @@ def test_an_idle_daemon_that_knows_many_servers_looks_less_often(
     watching(manifest, servers, Span(0, 4), scene)
 
 
+@pytest.mark.parametrize(("servers", "every_s"), [(1, 10.0), (300, 30.0), (900, 60.0)])
+def test_an_idle_daemon_that_serves_itself_looks_still_less_often(
+    manifest: Manifest, servers: int, every_s: float
+) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(2 * READ_S + 0.1)
+        peer = identity(1).peer_id.multihash
+        swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+        await asyncio.sleep(4 * every_s)
+        looks = holders.looks(key_of(manifest))[1:]  # a pause was under way
+        assert len(looks) >= 3
+        for before, after in itertools.pairwise(looks):
+            assert every_s <= after - before <= every_s + 3 * READ_S
+
+    watching(manifest, servers, Span(0, 4), scene)
+
+
+def test_who_drives_after_a_long_pause_looks_first(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        peer = identity(1).peer_id.multihash
+        swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+        while len(holders.looks(key_of(manifest))) < 2:
+            await asyncio.sleep(READ_S)
+        await asyncio.sleep(15)
+        reads = len(holders.reads)
+        await swarm.freshen(manifest.model)
+        assert len(holders.reads) == reads, "what is known is as fresh as an idle daemon's is"
+        await asyncio.sleep(15)
+        await swarm.freshen(manifest.model)
+        looks = [key for key, _, thorough in holders.reads[reads:] if not thorough]
+        assert key_of(manifest) in looks
+        reads = len(holders.reads)
+        await swarm.freshen(manifest.model)
+        assert len(holders.reads) == reads
+
+    watching(manifest, 900, Span(0, 4), scene)
+
+
 def test_a_daemon_that_drives_looks_often_for_a_while_however_many_servers_there_are(manifest: Manifest) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
         await asyncio.sleep(100)

@@ -128,3 +128,13 @@ def test_a_key_whose_records_were_found_is_not_looked_for_at_all_of_the_closest(
     nearest = [contact.id for contact in lookup.nearest]
     assert lookup.merged
     assert limits.KSIZE // 2 <= sum(asked in lookup.answered for asked in nearest) < limits.KSIZE
+
+
+def test_a_look_for_fewer_than_k_asks_the_nearest_alone_and_those_on_the_way() -> None:
+    async def main() -> NodeLookup:
+        crowd = Crowd(60)
+        lookup = NodeLookup(crowd, TARGET, crowd.contacts[-3:], limits.KSIZE, b"own", wanted=7)
+        assert (await lookup.find())[:7] == crowd.contacts[:7]
+        return lookup
+
+    assert run(main()).requests == 7 + 3

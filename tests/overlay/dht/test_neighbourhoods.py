@@ -32,7 +32,12 @@ def located(members: Sequence[Contact] = NEAREST, wanted: int = 20, now: float =
 
 
 def look(found: Neighbourhoods, now: float, members: Sequence[Contact] = NEAREST, wanted: int = 20) -> None:
-    found.located(PLACE, members, wanted, [contact.id for contact in members], now)
+    found.located(PLACE, members, wanted, members, [], now)
+
+
+def name(found: Neighbourhoods, contacts: Sequence[Contact]) -> None:
+    """Some member, or none, names them."""
+    found.named(PLACE, FARTHER[-1], contacts, 0.0)
 
 
 def is_known(found: Neighbourhoods, now: float, wanted: int = 20, fresh_s: float = limits.LOCATED_S) -> bool:
@@ -42,7 +47,7 @@ def is_known(found: Neighbourhoods, now: float, wanted: int = 20, fresh_s: float
 def test_what_was_never_looked_for_is_unknown() -> None:
     found = Neighbourhoods()
     assert found.members(PLACE, 1, 0.0) == ()
-    found.named(PLACE, NEAREST)
+    name(found, NEAREST)
     found.lost(PLACE, NEAREST[0])
     found.changed(PLACE)
     assert len(found) == 0
@@ -86,7 +91,7 @@ def test_how_many_were_looked_for_is_remembered_after_it_has_to_be_looked_for_ag
 
 def test_a_quarter_of_strangers_nearer_than_the_farthest_member_makes_it_be_looked_for_anew_but_not_at_once() -> None:
     found = located(SETTLED)
-    found.named(PLACE, [*FARTHER, *STRANGERS, *SETTLED])
+    name(found, [*FARTHER, *STRANGERS, *SETTLED])
     assert is_known(found, limits.RELOCATE_S - 0.1)
     assert not is_known(found, limits.RELOCATE_S)
 
@@ -94,37 +99,37 @@ def test_a_quarter_of_strangers_nearer_than_the_farthest_member_makes_it_be_look
 def test_fewer_strangers_than_a_quarter_change_nothing_however_often_they_are_named() -> None:
     found = located(SETTLED)
     for _ in range(QUARTER):
-        found.named(PLACE, [*STRANGERS[1:], *SETTLED, *ALL[QUARTER + 20 :]])
+        name(found, [*STRANGERS[1:], *SETTLED, *ALL[QUARTER + 20 :]])
     assert is_known(found, limits.LOCATED_S - 0.1)
 
 
 def test_strangers_are_counted_over_several_answers_each_once() -> None:
     found = located(SETTLED)
     for stranger in STRANGERS[:-1]:
-        found.named(PLACE, [stranger, SETTLED[0]])
-        found.named(PLACE, [STRANGERS[0], stranger])
+        name(found, [stranger, SETTLED[0]])
+        name(found, [STRANGERS[0], stranger])
         assert is_known(found, limits.LOCATED_S - 0.1)
-    found.named(PLACE, STRANGERS[-1:])
+    name(found, STRANGERS[-1:])
     assert is_known(found, limits.RELOCATE_S - 0.1)
     assert not is_known(found, limits.RELOCATE_S)
 
 
 def test_strangers_are_counted_anew_after_a_look() -> None:
     found = located(SETTLED)
-    found.named(PLACE, STRANGERS[1:])
+    name(found, STRANGERS[1:])
     look(found, 1.0, SETTLED)
-    found.named(PLACE, STRANGERS[:-1])
+    name(found, STRANGERS[:-1])
     assert is_known(found, limits.LOCATED_S)
-    found.named(PLACE, STRANGERS[-1:])
+    name(found, STRANGERS[-1:])
     assert not is_known(found, limits.LOCATED_S)
 
 
 @pytest.mark.parametrize("count", [1, limits.CHANGED_SHARE - 1, limits.CHANGED_SHARE])
 def test_a_small_lonely_neighbourhood_changes_with_one_stranger_however_far(count: int) -> None:
     found = located(NEAREST[:count])
-    found.named(PLACE, NEAREST[:count])
+    name(found, NEAREST[:count])
     assert is_known(found, limits.RELOCATE_S)
-    found.named(PLACE, [FARTHER[-1]])
+    name(found, [FARTHER[-1]])
     assert is_known(found, limits.RELOCATE_S - 0.1)
     assert not is_known(found, limits.RELOCATE_S)
 
@@ -132,9 +137,9 @@ def test_a_small_lonely_neighbourhood_changes_with_one_stranger_however_far(coun
 @pytest.mark.parametrize("count", [1, limits.CHANGED_SHARE - 1])
 def test_a_small_neighbourhood_that_is_not_lonely_changes_with_one_nearer_stranger(count: int) -> None:
     found = located(NEAREST[1 : count + 1], wanted=count)
-    found.named(PLACE, FARTHER)
+    name(found, FARTHER)
     assert is_known(found, limits.RELOCATE_S, wanted=count)
-    found.named(PLACE, NEAREST[:1])
+    name(found, NEAREST[:1])
     assert not is_known(found, limits.RELOCATE_S, wanted=count)
 
 
@@ -142,28 +147,28 @@ def test_two_of_the_five_that_members_name_are_enough_however_many_members_there
     """Members name no more than those: a share of all of them could never come up. Seen with 268 daemons that began within 20 s."""
     found = located(ALL[2:22])
     for _ in range(3):
-        found.named(PLACE, ALL[: limits.NEAR])
+        name(found, ALL[: limits.NEAR])
     assert not is_known(found, limits.RELOCATE_S)
 
 
 def test_a_stranger_that_is_farther_than_all_members_is_no_news() -> None:
     found = located()
-    found.named(PLACE, FARTHER)
+    name(found, FARTHER)
     assert is_known(found, limits.LOCATED_S - 0.1)
 
 
 def test_where_there_were_too_few_a_quarter_of_any_strangers_is_news() -> None:
     found = located(NEAREST[:12])
-    found.named(PLACE, FARTHER[-QUARTER + 1 :])
+    name(found, FARTHER[-QUARTER + 1 :])
     assert is_known(found, limits.RELOCATE_S)
-    found.named(PLACE, FARTHER[-QUARTER:])
+    name(found, FARTHER[-QUARTER:])
     assert not is_known(found, limits.RELOCATE_S)
 
 
 def test_those_that_the_look_saw_and_found_dead_are_no_news() -> None:
     found = Neighbourhoods()
-    found.located(PLACE, SETTLED, 20, [contact.id for contact in STRANGERS], 0.0)
-    found.named(PLACE, [*STRANGERS, *SETTLED])
+    found.located(PLACE, SETTLED, 20, [], [contact.id for contact in STRANGERS], 0.0)
+    name(found, [*STRANGERS, *SETTLED])
     assert is_known(found, limits.LOCATED_S - 0.1)
 
 
@@ -219,8 +224,71 @@ def test_the_longest_unused_of_too_many_is_forgotten(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(limits, "NEIGHBOURHOODS_MAX", 3)
     found, places = Neighbourhoods(), [bytes([number]) * 32 for number in range(4)]
     for place in places[:3]:
-        found.located(place, NEAREST, 20, [], 0.0)
+        found.located(place, NEAREST, 20, [], [], 0.0)
     assert found.members(places[0], 20, 1.0)
-    found.located(places[3], NEAREST, 20, [], 0.0)
+    found.located(places[3], NEAREST, 20, [], [], 0.0)
     assert len(found) == 3
     assert [bool(found.members(place, 20, 1.0)) for place in places] == [True, False, True, True]
+
+
+# --- looking again, and telling others ---
+
+
+def test_looking_again_begins_with_members_strangers_and_who_else_was_named() -> None:
+    found = Neighbourhoods()
+    found.located(PLACE, SETTLED, 20, [*SETTLED, *ALL[30:]], [STRANGERS[0].id], 0.0)
+    name(found, STRANGERS)
+    found.lost(PLACE, SETTLED[5])
+    start, _ = found.start(PLACE, 1.0)
+    assert start == [*SETTLED[:5], *SETTLED[6:], *STRANGERS[1:], *ALL[30:]]
+
+
+def test_members_that_answered_lately_need_not_answer_again_but_the_nearest_few() -> None:
+    found = located()
+    assert found.start(PLACE, limits.ANSWERED_S - 0.1)[1] == NEAREST[limits.ASKED_AGAIN :]
+    assert found.start(PLACE, limits.ANSWERED_S)[1] == []
+    later = limits.ANSWERED_S - 1.0
+    for contact in (NEAREST[0], NEAREST[7], FARTHER[0]):
+        found.named(PLACE, contact, [], later)
+    assert found.start(PLACE, limits.ANSWERED_S)[1] == [NEAREST[7]]
+    assert found.start(PLACE, later + limits.ANSWERED_S)[1] == []
+
+
+def test_who_wants_it_fresher_believes_later_answers_only() -> None:
+    found, fresh_s = located(), limits.THOROUGH_S
+    assert found.start(PLACE, fresh_s - 0.1, fresh_s)[1] == NEAREST[limits.ASKED_AGAIN :]
+    assert found.start(PLACE, fresh_s, fresh_s)[1] == []
+
+
+def test_where_there_were_too_few_everybody_is_asked_again() -> None:
+    assert located(NEAREST[:19]).start(PLACE, 0.0) == ([], [])
+    assert Neighbourhoods().start(PLACE, 0.0) == ([], [])
+
+
+def test_strangers_and_others_around_are_bounded() -> None:
+    found = Neighbourhoods()
+    crowd = [Contact(identity(number).peer_id) for number in range(100, 400)]
+    found.located(PLACE, NEAREST, 20, [*NEAREST, *crowd[: limits.KSIZE + 5]], [], 0.0)
+    for contact in crowd[limits.KSIZE + 5 :]:
+        contact.long_id = int.from_bytes(PLACE, "big") ^ 1  # nearer than all
+        name(found, [contact])
+    start, _ = found.start(PLACE, 0.0)
+    assert len(start) == len(NEAREST) + 2 * limits.KSIZE
+    assert not is_known(found, limits.RELOCATE_S)
+
+
+def test_others_are_told_of_the_nearest_members_as_long_as_they_are_believed() -> None:
+    found = located()
+    assert found.told(PLACE, limits.LOCATED_S - 0.1) == NEAREST[: limits.LOCATED_HOLDERS]
+    assert found.told(PLACE, limits.LOCATED_S) == []
+    assert found.told(location_of(b"another key"), 0.0) == []
+    found.lost(PLACE, NEAREST[0])
+    assert found.told(PLACE, 1.0) == NEAREST[1 : limits.LOCATED_HOLDERS + 1]
+
+
+def test_others_are_told_of_no_more_members_of_one_address_group_than_a_bucket_may_hold() -> None:
+    crowd = [
+        Contact(contact.peer, group="198.51.100.0/24" if place < 7 else "") for place, contact in enumerate(NEAREST)
+    ]
+    told = located(crowd).told(PLACE, 0.0)
+    assert told == [*crowd[: limits.CONTACTS_PER_GROUP_AND_BUCKET], *crowd[7 : limits.LOCATED_HOLDERS]]

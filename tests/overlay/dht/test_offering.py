@@ -80,7 +80,7 @@ def test_who_follows_a_key_that_it_publishes_under_offers_to_its_new_members_too
         assert entry is not None
         newcomer._store = RecordStore()
         del entry.holders[node_id_of(hosts[3].peer_id)]
-        publisher._neighbourhoods.located(location_of(KEY), [], 0, [], 0.0)
+        publisher._neighbourhoods.located(location_of(KEY), [], 0, [], [], 0.0)
         await publisher.follow(KEY).read()
         await until(lambda: held_by(newcomer) == [b"kept"])
 
@@ -250,8 +250,7 @@ def test_an_offer_whose_answers_name_strangers_reaches_them_before_it_ends(monke
         members = publisher._neighbourhoods.members(place, limits.KSIZE, publisher._now())
         known = [contact for contact in members if contact.peer != stranger]
         assert len(known) == len(members) - 1
-        seen = [contact.id for contact in known]
-        publisher._neighbourhoods.located(place, known, limits.KSIZE, seen, publisher._now())
+        publisher._neighbourhoods.located(place, known, limits.KSIZE, known, [], publisher._now())
         await publisher.publish_and_wait(KEY, b"a", b"reached", TTL_S)
         assert held_by(nodes[3]) == [b"reached"]
 

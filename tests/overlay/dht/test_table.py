@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
+from collections import Counter
 
 import pytest
 from kademlia.node import Node
@@ -72,6 +73,10 @@ def test_one_address_group_gets_few_places() -> None:
     assert len(table.contacts()) > limits.CONTACTS_PER_GROUP
 
 
+def counted(table: Table) -> Counter[str]:
+    return Counter(found.group for found in table.contacts() if found.group)
+
+
 def naively_diverse(table: Table, node: Contact) -> bool:
     """By counting everybody, every time."""
     own = table.buckets[table.get_bucket_for(node)]
@@ -81,27 +86,33 @@ def naively_diverse(table: Table, node: Contact) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("counted_max", [limits.GROUPS_COUNTED_MAX, 8])
-def test_places_of_a_group_are_counted_right_whoever_comes_and_goes(
-    seed: int, counted_max: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "GROUPS_COUNTED_MAX", counted_max)
+def test_places_of_a_group_are_counted_right_whoever_comes_moves_and_goes(seed: int) -> None:
     draws = random.Random(seed)
     table = Table(contact(1), 4)
-    refused = 0
+    refused = moved = 0
     for _ in range(1500):
-        node = contact(draws.randrange(2, 400), f"net {draws.randrange(12)}")
-        if table.get(node.id) is not None:
+        node = contact(draws.randrange(2, 400), f"net {draws.randrange(12)}" if draws.random() < 0.95 else "")
+        known = table.get(node.id)
+        if known is not None:
             if draws.random() < 0.6:
                 table.remove_contact(node)
+            else:
+                assert table.add_contact(node) is None
+                assert table.get(node.id) is node  # who is there stays, wherever it is now
+                moved += known.group != node.group
+            assert table._groups == counted(table)
+            continue
+        if not node.group:
+            table.add_contact(node)
             continue
         is_welcome = naively_diverse(table, node)
         asked = table.add_contact(node)
         is_there = table.get(node.id) is not None or asked is not None
         assert is_there == is_welcome
         refused += not is_there
-        assert len(table._at_most) <= max(counted_max, 12)
+        assert table._groups == counted(table)
     assert refused > 100
+    assert moved > 20
 
 
 def test_groups_are_networks_and_private_ones_can_be_exempt() -> None:
