@@ -361,7 +361,10 @@ class Dht:
         if since is None:
             return last_page(cursor, published, stored)
         page = page_after(cursor, published, stored, dict.fromkeys(known))
-        return page if since or not known else replace(page, lacks=lacks(known, self.records_of(key)))
+        if since or not known:
+            return page
+        ours = [entry.record.fingerprint for entry in published]
+        return replace(page, lacks=lacks(known, self._store.fingerprints(key, now), ours))
 
     def records_of(self, key: bytes) -> list[Record]:
         """What we publish and what we hold, merged."""

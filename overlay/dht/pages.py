@@ -7,7 +7,7 @@ gave them; only that holder reads it. Nothing is remembered of askers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,10 +88,12 @@ def _last(entries: Sequence[Entry], before: int) -> int:
     return entries[-1].serial if entries else before
 
 
-def lacks(known: Sequence[bytes], held: Iterable[Record]) -> tuple[int, ...]:
-    """The places of the first few of an asker's fingerprints that this node has no record for."""
-    ours = {record.fingerprint: None for record in held}
-    return tuple([place for place, one in enumerate(known) if one not in ours][: limits.LACKS_TOLD_MAX])
+def lacks(known: Sequence[bytes], *held: Collection[bytes]) -> tuple[int, ...]:
+    """The places of the first few of an asker's fingerprints that are in none of ``held``."""
+    missing = list(enumerate(known))
+    for part in held:
+        missing = [entry for entry in missing if entry[1] not in part]
+    return tuple([place for place, _ in missing[: limits.LACKS_TOLD_MAX]])
 
 
 def last_page(since: Cursor, published: Sequence[Entry], stored: Sequence[Entry]) -> Page:

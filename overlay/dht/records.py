@@ -36,24 +36,22 @@ class Record:
     ttl_s: int
     value: bytes = field(repr=False)
     signature: bytes = field(repr=False)
+    name: RecordName = field(init=False, repr=False, compare=False)
+    fingerprint: bytes = field(init=False, repr=False, compare=False)
+    """A few bytes by which two nodes that both hold this very record know that they do."""
+    size_bytes: int = field(init=False, repr=False, compare=False)
+    """What a holder counts for it."""
 
-    @property
-    def name(self) -> RecordName:
-        return (self.publisher.multihash, self.subkey)
-
-    @property
-    def fingerprint(self) -> bytes:
-        """A few bytes by which two nodes that both hold this very record know that they do."""
-        return self.signature[: limits.FINGERPRINT_BYTES]
+    def __post_init__(self) -> None:
+        """What is asked of each record of a key, again and again."""
+        size_bytes = len(self.key) + len(self.subkey) + len(self.value) + limits.RECORD_OVERHEAD_BYTES
+        object.__setattr__(self, "name", (self.publisher.multihash, self.subkey))
+        object.__setattr__(self, "fingerprint", self.signature[: limits.FINGERPRINT_BYTES])
+        object.__setattr__(self, "size_bytes", size_bytes)
 
     @property
     def is_withdrawn(self) -> bool:
         return not self.value
-
-    @property
-    def size_bytes(self) -> int:
-        """What a holder counts for it."""
-        return len(self.key) + len(self.subkey) + len(self.value) + limits.RECORD_OVERHEAD_BYTES
 
 
 def location_of(key: bytes) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
@@ -50,6 +51,7 @@ class RecordStore:
         self._per_publisher: Counter[bytes] = Counter()
         self._key_bytes: Counter[bytes] = Counter()
         self._shares: Counter[tuple[bytes, bytes]] = Counter()
+        self._fingerprints: dict[bytes, Counter[bytes]] = {}
         self._serial = 0
         self.size_bytes = 0
         self.count = 0
@@ -82,6 +84,7 @@ class RecordStore:
         self._per_publisher[record.publisher.multihash] += 1
         self._key_bytes[record.key] += record.size_bytes
         self._shares[record.key, record.publisher.multihash] += 1
+        self._fingerprints.setdefault(record.key, Counter())[record.fingerprint] += 1
         self.size_bytes += record.size_bytes
         self.count += 1
         self._compact()
@@ -108,8 +111,12 @@ class RecordStore:
         names = self._keys[record.key]
         del names[record.name]
         self._key_bytes[record.key] -= record.size_bytes
+        fingerprints = self._fingerprints[record.key]
+        fingerprints[record.fingerprint] -= 1
+        if not fingerprints[record.fingerprint]:
+            del fingerprints[record.fingerprint]
         if not names:
-            del self._keys[record.key], self._key_bytes[record.key]
+            del self._keys[record.key], self._key_bytes[record.key], self._fingerprints[record.key]
         publisher = record.publisher.multihash
         self._shares[record.key, publisher] -= 1
         if self._shares[record.key, publisher] <= 0:
@@ -154,6 +161,11 @@ class RecordStore:
             found.append(Entry(held.record, held.serial, held.expires - now))
         found.reverse()
         return found
+
+    def fingerprints(self, key: bytes, now: float) -> Collection[bytes]:
+        """Of what `get` gives."""
+        self.expire(now)
+        return self._fingerprints.get(key, ())
 
     def sequence_of(self, record: Record) -> int | None:
         """The held sequence under a record's name."""

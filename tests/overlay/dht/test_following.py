@@ -63,7 +63,7 @@ class Holders:
         new = held[int.from_bytes(since, "big") :]
         unknown = [record for record in new if record.fingerprint not in known]
         found = told(*unknown, cursor=len(held).to_bytes(4, "big"), left_s=self.left_s.get(contact.id))
-        return replace(found, lacks=() if since else lacks(known, held))
+        return replace(found, lacks=() if since else lacks(known, [record.fingerprint for record in held]))
 
     def records_of(self, key: bytes) -> list[Record]:
         return self.own

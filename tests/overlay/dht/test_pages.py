@@ -158,8 +158,10 @@ def test_a_page_that_ends_among_what_is_held_says_where_also_where_publications_
 
 def test_of_what_an_asker_knows_the_first_few_that_a_holder_lacks_are_named_by_their_places() -> None:
     known = entries(6)
-    held = [entry.record for entry in (known[0], known[3], *entries(2, first=100))]
+    held = fingerprints([known[0], known[3], *entries(2, first=100)])
     assert lacks(fingerprints(known), held) == (1, 2, 4, 5)
+    assert lacks(fingerprints(known), held, fingerprints(known[4:5])) == (1, 2, 5)
+    assert lacks(fingerprints(known)) == (0, 1, 2, 3, 4, 5)
     assert lacks([], held) == ()
     assert len(lacks(fingerprints(entries(100)), [])) == limits.LACKS_TOLD_MAX
 
@@ -168,7 +170,7 @@ def test_another_version_of_a_record_is_another_record() -> None:
     former, latter = sealed(sequence=1), sealed(sequence=2)
     assert former.fingerprint != latter.fingerprint
     assert page_after(BEGINNING, [], [Entry(latter, 1, 60.0)], [former.fingerprint]).records == (latter,)
-    assert lacks([former.fingerprint], [latter]) == (0,)
+    assert lacks([former.fingerprint], [latter.fingerprint]) == (0,)
 
 
 def test_who_knows_no_pages_gets_the_newest_and_is_told_of_no_more() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
+import pytest
+
 from overlay.dht import limits
 from overlay.dht.records import seal_record
 from overlay.dht.store import Put, RecordStore, StoreRate
@@ -176,3 +181,27 @@ def test_one_publisher_takes_few_places_of_a_key_and_has_them_again_when_they_ar
     assert store.put(sealed(subkey=bytes([0]), sequence=7), 1.0) is Put.STORED, "a renewal takes no place"
     assert store.put(sealed(2, subkey=bytes([99])), 1.0) is Put.STORED, "another's place is another"
     assert store.put(sealed(subkey=bytes([99])), 61.5) is Put.STORED
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fingerprints_of_a_key_are_those_of_its_live_records_whatever_comes_and_ends(seed: int) -> None:
+    draws, store, now, sizes = random.Random(seed), RecordStore(), 0.0, []
+    for _ in range(300):
+        now += draws.random() * 2
+        key, life_s = draws.choice([b"one", b"two"]), draws.randrange(1, 60)
+        name, sequence = bytes([draws.randrange(12)]), draws.randrange(1, 6)
+        store.put(seal_record(identity(1), key, name, sequence, life_s, b"value"), now)
+        for found in (b"one", b"two", b"none"):
+            live = [record.fingerprint for record in store.get(found, now)]
+            assert sorted(store.fingerprints(found, now)) == sorted(live)
+            sizes.append(len(live))
+    assert max(sizes) > 5
+
+
+def test_of_two_with_the_same_fingerprint_one_may_go() -> None:
+    store, whole = RecordStore(), seal_record(identity(1), b"key", b"a", 1, 60, b"value")
+    twin = replace(whole, subkey=b"b", ttl_s=5)
+    store.put(whole, 0.0)
+    store.put(twin, 0.0)
+    assert list(store.fingerprints(b"key", 10.0)) == [whole.fingerprint]
+    assert list(store.fingerprints(b"key", 60.0)) == []
