@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 BUSY_REFRESH_S = 2.0
 IDLE_REFRESH_S = 10.0
 IDLE_REFRESH_MAX_S = 20.0
-SERVING_REFRESH_MAX_S = 60.0
-"""For a daemon that serves and that nobody asks anything: it holds what it holds, and looks before it drives."""
+SERVING_REFRESH_MAX_S = 45.0
+"""For a daemon that serves and that nobody asks anything: it holds what it holds, and looks before it drives. Less than the minute
+that records live: a view that empties before each look would have every server publish the manifest."""
 IDLE_SERVERS = 100
 """Where more servers are known than these, each idle daemon looks less often: somebody sees a gap as soon."""
 BUSY_FOR_S = 15.0

@@ -19,7 +19,7 @@ from overlay.dht.node import Dht
 from overlay.dht.records import Record
 from overlay.errors import DialError
 from overlay.host import Host
-from peerd.announcer import Announcer
+from peerd.announcer import SPAN_TTL_S, Announcer
 from peerd.manifest_record import encode_manifest
 from peerd.model_exchange import ModelFetcher, ModelShelf, NobodyHasIt
 from peerd.swarm import FRESH_S, AmbiguousModel, Swarm, UnknownModel
@@ -377,7 +377,7 @@ def test_an_idle_daemon_that_knows_many_servers_looks_less_often(
     watching(manifest, servers, Span(0, 4), scene)
 
 
-@pytest.mark.parametrize(("servers", "every_s"), [(1, 10.0), (300, 30.0), (900, 60.0)])
+@pytest.mark.parametrize(("servers", "every_s"), [(1, 10.0), (300, 30.0), (900, 45.0)])
 def test_an_idle_daemon_that_serves_itself_looks_still_less_often(
     manifest: Manifest, servers: int, every_s: float
 ) -> None:
@@ -392,6 +392,23 @@ def test_an_idle_daemon_that_serves_itself_looks_still_less_often(
             assert every_s <= after - before <= every_s + 3 * READ_S
 
     watching(manifest, servers, Span(0, 4), scene)
+
+
+def test_what_a_daemon_that_serves_knows_does_not_run_out_between_its_looks(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        peer, key = identity(1).peer_id.multihash, key_of(manifest)
+        swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+        first = holders.under[key]
+        least = 1000
+        for second in range(200):
+            if second % round(SPAN_TTL_S / 2) == 0:
+                holders.under[key] = [replace(found, sequence=2 + second, ttl_s=round(SPAN_TTL_S)) for found in first]
+            await asyncio.sleep(1)
+            least = min(least, len(swarm.view(manifest.model).servers)) if second > 2 else least
+        assert least == len(first) + 1
+        assert len(holders.looks(key)) < 7
+
+    watching(manifest, 450, Span(0, 4), scene)
 
 
 def test_who_drives_after_a_long_pause_looks_first(manifest: Manifest) -> None:
