@@ -185,9 +185,13 @@ class Announcer:
         own.published = False
 
     def _is_keeper(self, own: _OwnManifest) -> bool:
+        """Nobody becomes one because no server was seen for as long as records live: then nothing is known, maybe."""
+        if self._is_needed(own):
+            return True
         model, peer = own.manifest.model, self._host.peer_id.multihash
         servers = self._swarm.view(model).servers
-        return self._is_needed(own) or keeps_manifest(model, peer, servers, publishes=own.published)
+        may_be = own.published or self._swarm.is_known_since(model, SPAN_TTL_S)
+        return may_be and keeps_manifest(model, peer, servers, publishes=own.published)
 
     def _is_needed(self, own: _OwnManifest) -> bool:
         """Whether every server's word counts: hardly anybody says what we say, or what others say comes near to outvoting it."""

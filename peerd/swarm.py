@@ -46,7 +46,7 @@ MANIFESTS_EVERY_S = 8.0
 """Manifests are larger than records and change less."""
 MANIFESTS_IDLE_S = 60.0
 LOOK_S = 2.0
-"""A look that takes no longer isn't late."""
+"""A look that takes longer isn't waited for where something is known already."""
 FRESH_S = 3.0
 """Blocks that nobody serves are said to be so on the word of a look no older than this."""
 INTEREST_S = 120.0
@@ -268,14 +268,27 @@ class Swarm:
             self._notify()
 
     async def freshen(self, model: ModelId) -> None:
-        """Look first, if what is known is older than an idle daemon's, or some blocks seem to be served by nobody."""
-        now = self._clock.now()
-        if now - self._seen_at.get(model, float("-inf")) > IDLE_REFRESH_MAX_S + LOOK_S:
-            self._planned_at[model] = now  # it matters from now on, so that it is among those looked at
-            await self.look()
-        gaps = self.view(model).missing(State.ONLINE, State.JOINING)
-        if gaps and not self._is_fresh(model):
+        """Look first, if what is known is older than an idle daemon's (for `LOOK_S` at most), or blocks seem to be served by nobody."""
+        if self._is_stale(model) and not self._gaps(model):
+            self._planned_at[model] = self._clock.now()  # it matters from now on
+            try:
+                async with asyncio.timeout(LOOK_S), self._refreshing:
+                    if self._is_stale(model):  # of many who ask at once the first looks
+                        await self._refresh_model(model, thorough=False)
+            except TimeoutError:
+                log.debug("a look at %s takes long; what was known before has to do", self.name_of(model))
+        if self._gaps(model) and not self._is_fresh(model):
             await self.refresh()
+
+    def _gaps(self, model: ModelId) -> tuple[Span, ...]:
+        return self.view(model).missing(State.ONLINE, State.JOINING)
+
+    def _is_stale(self, model: ModelId) -> bool:
+        return not self.is_known_since(model, IDLE_REFRESH_MAX_S + LOOK_S)
+
+    def is_known_since(self, model: ModelId, seconds: float) -> bool:
+        """Whether somebody looked at a model no longer ago than ``seconds``."""
+        return self._clock.now() - self._seen_at.get(model, float("-inf")) <= seconds
 
     def _is_fresh(self, model: ModelId) -> bool:
         return self._clock.now() - self._looked_at.get(model, float("-inf")) <= FRESH_S

@@ -8,6 +8,7 @@ are there. Others who look for the same key are told who its members are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,17 +60,26 @@ class Neighbourhoods:
         named: Sequence[Contact],
         failed: Iterable[bytes],
         now: float,
+        assumed: Sequence[Contact] = (),
     ) -> None:
-        """A lookup for ``wanted`` nodes found ``members``, heard of all that were ``named``, and of them ``failed`` to answer."""
+        """A lookup for ``wanted`` nodes found ``members``, heard of all that were ``named``, and of them ``failed`` to answer.
+
+        ``assumed``: members before that weren't asked by it, see `start`. Who didn't answer somebody else meanwhile is none any more.
+        """
         before = self._known.pop(place, None)
-        by_id = {contact.id: contact for contact in members}
+        answered_before = {} if before is None else before.answered
+        lost = {contact.id for contact in assumed if before is None or contact.id not in before.members}
+        by_id = {contact.id: contact for contact in members if contact.id not in lost}
         patience_s = limits.RELOCATE_S
-        if before is not None and list(before.members) == list(by_id):
+        if before is not None and not lost and list(before.members) == list(by_id):
             patience_s = min(2 * before.patience_s, limits.LOCATED_S)
         seen = dict.fromkeys(contact.id for contact in named) | dict.fromkeys(failed) | dict.fromkeys(by_id)
         around = tuple([contact for contact in named if contact.id not in by_id][: limits.KSIZE])
         answered = dict.fromkeys(by_id, now)
-        self._known[place] = _Neighbourhood(by_id, len(by_id), wanted, around, seen, now, answered, patience_s)
+        answered |= {contact.id: answered_before[contact.id] for contact in assumed if contact.id in answered}
+        self._known[place] = _Neighbourhood(
+            by_id, len(members), wanted, around, seen, now, answered, patience_s, has_changed=bool(lost)
+        )
         while len(self._known) > limits.NEIGHBOURHOODS_MAX:
             del self._known[next(iter(self._known))]
 
@@ -105,17 +115,27 @@ class Neighbourhoods:
         answered = [contact for contact in members[limits.ASKED_AGAIN :] if known.answered[contact.id] > since]
         return [*members, *known.strangers.values(), *known.around], answered
 
-    def told(self, place: bytes, now: float) -> list[Contact]:
-        """The nearest members, for others who look for them: no more of one address group than a bucket may hold."""
+    def told(self, place: bytes, now: float, others: Sequence[Contact]) -> list[Contact]:
+        """The nearest members that aren't among ``others`` who are named there anyway.
+
+        Together there are no more of one address group than a bucket may hold, unless the others alone are.
+        """
         known = self._known.get(place)
         if known is None or now - known.located >= limits.LOCATED_S:
             return []
+        there, groups = {contact.id for contact in others}, Counter(contact.group for contact in others)
         found: list[Contact] = []
         for contact in list(known.members.values())[: limits.LOCATED_HOLDERS]:
-            in_group = sum(other.group == contact.group for other in found) if contact.group else 0
-            if in_group < limits.CONTACTS_PER_GROUP_AND_BUCKET:
-                found.append(contact)
+            if contact.id in there or (contact.group and groups[contact.group] >= limits.CONTACTS_PER_GROUP_AND_BUCKET):
+                continue
+            groups[contact.group] += 1
+            found.append(contact)
         return found
+
+    def gone(self, contact: Contact) -> None:
+        """It serves nobody any more, wherever it was a member."""
+        for known in self._known.values():
+            known.members.pop(contact.id, None)
 
     def named(self, place: bytes, member: Contact, contacts: Iterable[Contact], now: float) -> None:
         """A member said who is near: when some strangers are nearer than our farthest member, the neighbourhood has changed."""

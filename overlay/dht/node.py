@@ -38,6 +38,9 @@ from overlay.ports import Ports
 
 log = logging.getLogger(__name__)
 
+UNVERIFIED = "unverified"
+"""The address group of all those whose address nobody has seen lately."""
+
 Meeting = tuple[PeerId | None, Sequence[Multiaddr]]
 Answer = tuple[Contact, Found]
 
@@ -215,7 +218,7 @@ class Dht:
         wanted: int | None = None,
         known: Sequence[Contact] = (),
     ) -> NodeLookup:
-        start, ksize = [*known, *self._table.find_neighbors(target, self.config.ksize)], self.config.ksize
+        start, ksize = [*self._table.find_neighbors(target, self.config.ksize), *known], self.config.ksize
         return NodeLookup(self._protocol, target, start, ksize, self._self.id, requests_max, at_once, wanted)
 
     async def _closest_to(
@@ -269,15 +272,30 @@ class Dht:
         if known:
             return known
         wanted = max(wanted, self._neighbourhoods.wanted(target.id))
-        start, answered = self._neighbourhoods.start(target.id, self._now(), fresh_s)
+        start, assumed = self._neighbourhoods.start(target.id, self._now(), fresh_s)
         lookup = self._lookup_for(target, wanted=wanted, known=start)
-        for contact in answered:
+        for contact in assumed:
             lookup.begin_with(contact, Found(()))
-        found = await lookup.find()
+        found = [self._as_connected(contact) for contact in await lookup.find()]
         self._looked(lookup)
-        self._neighbourhoods.located(target.id, found, wanted, lookup.named(), lookup.failed(), self._now())
+        late = dict.fromkeys(contact.id for contact in lookup.passed_over())
+        named = [contact for contact in lookup.named() if contact.id not in late]
+        failed = [*lookup.failed(), *late]
+        self._neighbourhoods.located(target.id, found, wanted, named, failed, self._now(), assumed)
         self._offering.neighbourhood_found(target.id, found)
         return tuple(found)
+
+    def _as_connected(self, contact: Contact) -> Contact:
+        """A contact with the address group that it was met at: what others write of its addresses may be made up."""
+        known = self._table.get(contact.id)
+        if known is not None:
+            return known
+        connection = self._host.connection(contact.peer)
+        if connection is None or connection.remote_address is None:
+            group = UNVERIFIED
+        else:
+            group = group_of(connection.remote_address, exempt_private=self.config.exempt_private)
+        return Contact(contact.peer, contact.addresses, group)
 
     # --- reading ---
 
@@ -339,15 +357,15 @@ class Dht:
     # --- what the wire asks ---
 
     def closest(self, target: Node, asker: PeerId) -> list[Contact]:
-        """From the table, and of the members of a neighbourhood that we found there; neither the asker nor ourselves."""
-        unwanted = Contact(asker)
-        near = self._table.find_neighbors(target, self.config.ksize, exclude=unwanted)
-        members = self._neighbourhoods.told(target.id, self._now())
-        if members:
-            both = {contact.id: contact for contact in (*members, *near) if contact.id != unwanted.id}
-            return sorted(both.values(), key=target.distance_to)[: self.config.ksize]
+        """From the table, and around a key that we publish under the members that we found; neither the asker nor ourselves."""
+        near = self._table.find_neighbors(target, self.config.ksize, exclude=Contact(asker))
         exact = self._table.get(target.id)
-        return near if exact is None or exact.peer == asker else [exact, *near][: self.config.ksize]
+        if exact is not None and exact.peer != asker:
+            near.insert(0, exact)
+        if self._publications.lies_at(target.id):
+            told = self._neighbourhoods.told(target.id, self._now(), near)
+            near = sorted([*near, *(found for found in told if found.peer != asker)], key=target.distance_to)
+        return near[: self.config.ksize]
 
     def held(self, key: bytes) -> tuple[Record, ...]:
         """What this node holds for others under a key."""
@@ -456,6 +474,8 @@ class Dht:
             while len(self._refused) > limits.REFUSED_REMEMBERED_MAX:
                 self._refused.pop(next(iter(self._refused)))
         unreached = isinstance(error, TimedOut) and self._host.connection(contact.peer) is None
+        if is_gone(error) or unreached:
+            self._neighbourhoods.gone(contact)
         self._silent(contact, is_gone=is_gone(error) or unreached)
 
     def _silent(self, contact: Contact, *, is_gone: bool = False) -> None:

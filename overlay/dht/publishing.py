@@ -104,6 +104,10 @@ class Publications:
                     found.append((entry, lacking))
         return found
 
+    def lies_at(self, place: bytes) -> bool:
+        """Whether something of ours is published there, so that everybody may know that we know who is near."""
+        return any(entry.location == place and not entry.is_abandoned for entry in self._entries.values())
+
     def records_of(self, key: bytes) -> list[Record]:
         """What we publish under a key, tombstones too."""
         return [entry.record for (found, _), entry in self._entries.items() if found == key]

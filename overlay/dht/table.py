@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import cast
@@ -128,17 +128,28 @@ class Bucket(KBucket):
         return is_in
 
     def remove_node(self, node: Contact) -> None:
-        """Remove it; who came to wait last takes its place."""
-        before: Contact | None = self.nodes.get(node.id)
-        count = len(self)
-        super().remove_node(node)
-        if before is not None:
-            self._left(before)
-            if len(self) == count:
-                self._came(next(reversed(self.nodes.values())))
+        """Remove it; of those that wait, the last that came and whose group has room takes its place."""
+        self.replacement_nodes.pop(node.id, None)
+        before: Contact | None = self.nodes.pop(node.id, None)
+        if before is None:
+            return
+        self._left(before)
+        for waiting in reversed(self.replacement_nodes.values()):
+            if self.has_room_for(waiting.group):
+                del self.replacement_nodes[waiting.id]
+                self.add_node(waiting)
+                return
+
+    def has_room_for(self, group: str) -> bool:
+        """Whether one more of an address group may come into this bucket and the table, if there is a place."""
+        in_table = self._groups[group] if group else 0
+        if in_table < limits.CONTACTS_PER_GROUP_AND_BUCKET:
+            return True
+        in_bucket = [held.group for held in self.nodes.values()].count(group)
+        return in_table < limits.CONTACTS_PER_GROUP and in_bucket < limits.CONTACTS_PER_GROUP_AND_BUCKET
 
     def split(self) -> tuple[Bucket, Bucket]:
-        """Two halves; replacements stay candidates of their half."""
+        """Two halves; those that wait go on waiting for their half where their group has no room."""
         low, high = self.range
         middle = (low + high) // 2
         halves = (
@@ -147,9 +158,14 @@ class Bucket(KBucket):
         )
         for node in self.nodes.values():
             self._left(node)
-        for nodes in (self.nodes, self.replacement_nodes):
-            for node in nodes.values():
-                halves[0 if node.long_id <= middle else 1].add_node(node)
+        for node in self.nodes.values():
+            halves[0 if node.long_id <= middle else 1].add_node(node)
+        for node in self.replacement_nodes.values():
+            half = halves[0 if node.long_id <= middle else 1]
+            if half.has_room_for(node.group):
+                half.add_node(node)
+            else:
+                half.replacement_nodes[node.id] = node
         return halves
 
     def _came(self, node: Contact) -> None:
@@ -214,15 +230,9 @@ class Table(RoutingTable):
         return bool(bucket.has_in_range(self.node)) or bucket.prefix_bits % limits.SPLIT_EVERY != 0
 
     def _is_diverse(self, node: Contact) -> bool:
-        """Whether there is room for one more of its group."""
-        in_table = self._groups[node.group]
-        if in_table < limits.CONTACTS_PER_GROUP_AND_BUCKET:
-            return True
-        nodes: Mapping[bytes, Contact] = self.buckets[self._index_of(node.long_id)].nodes
-        if node.id in nodes:
-            return True
-        in_bucket = [held.group for held in nodes.values()].count(node.group)
-        return in_table < limits.CONTACTS_PER_GROUP and in_bucket < limits.CONTACTS_PER_GROUP_AND_BUCKET
+        """Whether it is there already, or there is room for one more of its group."""
+        bucket = cast("Bucket", self.buckets[self._index_of(node.long_id)])
+        return node.id in bucket.nodes or bucket.has_room_for(node.group)
 
     def contacts(self) -> list[Contact]:
         """All of them, bucket by bucket."""

@@ -58,6 +58,8 @@ class Board:
     manifests: list[bytes] = field(default_factory=list)
     """Those that are renewed now."""
     full: bool = False
+    looked: float = float("inf")
+    """When the swarm looked at servers the last time."""
     peer_id: PeerId = field(default_factory=lambda: PeerId(OWN))
 
     def publish(self, key: bytes, subkey: bytes, value: bytes, ttl_s: float) -> None:
@@ -80,6 +82,10 @@ class Board:
     def put_own_manifest(self, manifest: Manifest) -> None:
         before = self.network or KnownModel(manifest, ())
         self.network = KnownModel(before.manifest, (*before.publishers, OWN))
+
+    def is_known_since(self, model: bytes, seconds: float) -> bool:
+        assert model == MODEL
+        return self.time - self.looked <= seconds
 
     def manifest_claims(self, model: bytes) -> list[tuple[Manifest, bytes]]:
         network = self.network
@@ -335,6 +341,18 @@ def test_a_server_begins_to_keep_a_manifest_when_others_go_and_ends_when_many_ca
     assert judge(announcer, board) == [MANIFEST]
     board.others = tuple(ORDERED)
     assert judge(announcer, board) == []
+
+
+def test_nobody_begins_to_keep_a_manifest_because_servers_were_not_looked_at() -> None:
+    """What is known of servers ends after a minute: seen with 700 of them that looked each minute."""
+    board = crowd(MANIFEST_KEEPERS)
+    announcer = board.announcer()
+    announcer.announce_manifest(MANIFEST)
+    board.looked, board.others = board.time, ()
+    assert judge(announcer, board, SPAN_TTL_S + 0.1) == []
+    board.looked = board.time
+    assert judge(announcer, board) == [MANIFEST]
+    assert judge(announcer, board, 2 * SPAN_TTL_S) == [MANIFEST], "nor ends anybody"
 
 
 def test_a_manifest_that_is_kept_already_is_not_published_again() -> None:

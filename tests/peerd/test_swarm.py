@@ -22,7 +22,7 @@ from overlay.host import Host
 from peerd.announcer import SPAN_TTL_S, Announcer
 from peerd.manifest_record import encode_manifest
 from peerd.model_exchange import ModelFetcher, ModelShelf, NobodyHasIt
-from peerd.swarm import FRESH_S, AmbiguousModel, Swarm, UnknownModel
+from peerd.swarm import FRESH_S, LOOK_S, AmbiguousModel, Swarm, UnknownModel
 from routing.errors import BlocksPending, BlocksUnserved
 from routing.placement import choose_span
 from routing.records import MANIFESTS_KEY, SpanRecord, State, span_keys
@@ -309,6 +309,7 @@ class Holders:
     def __init__(self) -> None:
         self.under: dict[bytes, list[Record]] = {}
         self.reads: list[tuple[bytes, float, bool]] = []
+        self.read_s = READ_S
 
     def follow(self, key: bytes) -> Followed:
         return Followed(self, key)
@@ -330,7 +331,7 @@ class Followed:
     async def read(self, *, thorough: bool = False) -> tuple[Record, ...]:
         self.holders.reads.append((self.key, asyncio.get_running_loop().time(), thorough))
         told = tuple(self.holders.under.get(self.key, ()))
-        await asyncio.sleep(READ_S)
+        await asyncio.sleep(self.holders.read_s)
         return told
 
 
@@ -383,8 +384,7 @@ def test_an_idle_daemon_that_serves_itself_looks_still_less_often(
 ) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
         await asyncio.sleep(2 * READ_S + 0.1)
-        peer = identity(1).peer_id.multihash
-        swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+        serve_own(swarm, manifest)
         await asyncio.sleep(4 * every_s)
         looks = holders.looks(key_of(manifest))[1:]  # a pause was under way
         assert len(looks) >= 3
@@ -396,8 +396,8 @@ def test_an_idle_daemon_that_serves_itself_looks_still_less_often(
 
 def test_what_a_daemon_that_serves_knows_does_not_run_out_between_its_looks(manifest: Manifest) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
-        peer, key = identity(1).peer_id.multihash, key_of(manifest)
-        swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+        key = key_of(manifest)
+        serve_own(swarm, manifest)
         first = holders.under[key]
         least = 1000
         for second in range(200):
@@ -413,8 +413,7 @@ def test_what_a_daemon_that_serves_knows_does_not_run_out_between_its_looks(mani
 
 def test_who_drives_after_a_long_pause_looks_first(manifest: Manifest) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
-        peer = identity(1).peer_id.multihash
-        swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+        serve_own(swarm, manifest)
         while len(holders.looks(key_of(manifest))) < 2:
             await asyncio.sleep(READ_S)
         await asyncio.sleep(15)
@@ -423,11 +422,43 @@ def test_who_drives_after_a_long_pause_looks_first(manifest: Manifest) -> None:
         assert len(holders.reads) == reads, "what is known is as fresh as an idle daemon's is"
         await asyncio.sleep(15)
         await swarm.freshen(manifest.model)
-        looks = [key for key, _, thorough in holders.reads[reads:] if not thorough]
-        assert key_of(manifest) in looks
+        assert [(key, thorough) for key, _, thorough in holders.reads[reads:]] == [(key_of(manifest), False)]
         reads = len(holders.reads)
         await swarm.freshen(manifest.model)
         assert len(holders.reads) == reads
+
+    watching(manifest, 900, Span(0, 4), scene)
+
+
+def serve_own(swarm: Swarm, manifest: Manifest) -> None:
+    peer = identity(1).peer_id.multihash
+    swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
+
+
+def test_of_many_who_drive_at_once_after_a_long_pause_the_first_looks_for_all(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        serve_own(swarm, manifest)
+        while len(holders.looks(key_of(manifest))) < 2:
+            await asyncio.sleep(READ_S)
+        await asyncio.sleep(30)
+        reads, began = len(holders.reads), asyncio.get_running_loop().time()
+        await asyncio.gather(*(swarm.freshen(manifest.model) for _ in range(10)))
+        assert [key for key, _, _ in holders.reads[reads:]] == [key_of(manifest)]
+        assert asyncio.get_running_loop().time() - began < 2 * READ_S
+
+    watching(manifest, 900, Span(0, 4), scene)
+
+
+def test_who_drives_does_not_wait_for_holders_that_say_nothing(manifest: Manifest) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        serve_own(swarm, manifest)
+        while len(holders.looks(key_of(manifest))) < 2:
+            await asyncio.sleep(READ_S)
+        await asyncio.sleep(30)
+        holders.read_s, began = 1000.0, asyncio.get_running_loop().time()
+        await swarm.freshen(manifest.model)
+        assert asyncio.get_running_loop().time() - began == pytest.approx(LOOK_S)
+        assert len(swarm.plan(manifest.model, FLOAT32, ()).hops) == 1
 
     watching(manifest, 900, Span(0, 4), scene)
 

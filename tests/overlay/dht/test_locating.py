@@ -8,10 +8,11 @@ from kademlia.node import Node
 from overlay.dht import limits
 from overlay.dht.lookup import Found
 from overlay.dht.neighbourhoods import Neighbourhoods
-from overlay.dht.node import Dht
+from overlay.dht.node import UNVERIFIED, Dht
 from overlay.dht.protocol import DhtProtocol
 from overlay.dht.records import location_of
 from overlay.dht.table import Contact, node_id_of
+from overlay.errors import DialError
 from overlay.host import Host
 from tests.overlay.dht.test_node import KEY, run_nodes
 
@@ -83,17 +84,57 @@ def test_a_look_for_more_asks_the_nearest_few_and_those_who_were_not_asked(monke
     run_nodes(9, scene, clients=1)
 
 
-def test_who_found_a_neighbourhood_names_its_members_to_others_though_they_are_not_in_its_table() -> None:
+def test_who_publishes_under_a_key_names_the_members_that_it_found_there_though_they_are_not_in_its_table() -> None:
     async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
         told, asker = nodes[1], nodes[2]
+        await told.publish_and_wait(KEY, b"a", b"value", 60.0)
         found = [contact.id for contact in await told.nearest_to(PLACE, WANTED)]
         for contact in told._table.contacts():
             told._table.remove_contact(contact)
         heard = await asker._protocol.call_find_node(Contact(hosts[1].peer_id), PLACE)
         assert heard is not None
-        assert [contact.id for contact in heard.contacts] == [
-            one for one in found if one != node_id_of(hosts[2].peer_id)
-        ]
-        assert told.closest(Node(location_of(b"another key")), hosts[2].peer_id) == []  # type: ignore[no-untyped-call]
+        others = [one for one in found if one != node_id_of(hosts[2].peer_id)]
+        assert [contact.id for contact in heard.contacts] == others[: limits.LOCATED_HOLDERS]
 
     run_nodes(7, scene)
+
+
+def test_who_only_reads_a_key_does_not_show_it_by_what_it_names() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        reader = nodes[1]
+        await reader.nearest_to(PLACE, WANTED)
+        for contact in reader._table.contacts():
+            reader._table.remove_contact(contact)
+        assert reader.closest(PLACE, hosts[2].peer_id) == []
+
+    run_nodes(7, scene)
+
+
+def test_one_that_left_is_named_to_nobody_once_it_did_not_answer() -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        told, asker = nodes[1], hosts[2].peer_id
+        await told.publish_and_wait(KEY, b"a", b"value", 60.0)
+        gone = next(found for found in await told.nearest_to(PLACE, WANTED) if found.peer == hosts[3].peer_id)
+        assert gone in told.closest(PLACE, asker)
+        told._protocol._peer.call_ended(gone, DialError("It is not there."))
+        assert gone not in told.closest(PLACE, asker)
+
+    run_nodes(7, scene)
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+def test_the_address_group_of_a_member_is_where_it_was_met_and_not_what_others_wrote(is_connected: bool) -> None:
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        node, peer = nodes[1], hosts[3].peer_id
+        for contact in node._table.contacts():
+            node._table.remove_contact(contact)
+        made_up = Contact(peer, (), "203.0.113.0/24")
+        connection = hosts[1].connection(peer)
+        assert connection is not None
+        if not is_connected:
+            hosts[1]._connections.pop(peer)
+        assert node._as_connected(made_up).group == ("" if is_connected else UNVERIFIED)
+        if not is_connected:
+            hosts[1]._connections[peer] = connection
+
+    run_nodes(5, scene)

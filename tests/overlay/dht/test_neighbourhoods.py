@@ -277,18 +277,48 @@ def test_strangers_and_others_around_are_bounded() -> None:
     assert not is_known(found, limits.RELOCATE_S)
 
 
+def test_members_that_were_assumed_to_be_there_do_not_answer_by_that() -> None:
+    found = located()
+    for now in (20.0, 40.0):
+        _, assumed = found.start(PLACE, now)
+        assert assumed == NEAREST[limits.ASKED_AGAIN :]
+        found.located(PLACE, NEAREST, 20, [], [], now, assumed)
+    assert found.start(PLACE, limits.ANSWERED_S)[1] == []
+
+
+def test_a_member_lost_while_others_were_asked_stays_lost_and_is_looked_for_again() -> None:
+    found = located()
+    _, assumed = found.start(PLACE, 1.0)
+    found.lost(PLACE, NEAREST[10])
+    found.located(PLACE, NEAREST, 20, [], [], 2.0, assumed)
+    assert found.members(PLACE, 20, 2.0) == (*NEAREST[:10], *NEAREST[11:])
+    assert is_known(found, 2.0 + limits.RELOCATE_S - 0.1)
+    assert not is_known(found, 2.0 + limits.RELOCATE_S)
+
+
+def test_one_that_is_gone_is_a_member_nowhere() -> None:
+    found, other = located(), location_of(b"another key")
+    found.located(other, NEAREST, 20, [], [], 0.0)
+    found.gone(NEAREST[3])
+    for place in (PLACE, other):
+        assert found.members(place, 20, 1.0) == (*NEAREST[:3], *NEAREST[4:])
+
+
 def test_others_are_told_of_the_nearest_members_as_long_as_they_are_believed() -> None:
     found = located()
-    assert found.told(PLACE, limits.LOCATED_S - 0.1) == NEAREST[: limits.LOCATED_HOLDERS]
-    assert found.told(PLACE, limits.LOCATED_S) == []
-    assert found.told(location_of(b"another key"), 0.0) == []
+    assert found.told(PLACE, limits.LOCATED_S - 0.1, []) == NEAREST[: limits.LOCATED_HOLDERS]
+    assert found.told(PLACE, limits.LOCATED_S, []) == []
+    assert found.told(location_of(b"another key"), 0.0, []) == []
+    assert found.told(PLACE, 0.0, [FARTHER[0], NEAREST[2]]) == [*NEAREST[:2], *NEAREST[3 : limits.LOCATED_HOLDERS]]
     found.lost(PLACE, NEAREST[0])
-    assert found.told(PLACE, 1.0) == NEAREST[1 : limits.LOCATED_HOLDERS + 1]
+    assert found.told(PLACE, 1.0, []) == NEAREST[1 : limits.LOCATED_HOLDERS + 1]
 
 
-def test_others_are_told_of_no_more_members_of_one_address_group_than_a_bucket_may_hold() -> None:
-    crowd = [
-        Contact(contact.peer, group="198.51.100.0/24" if place < 7 else "") for place, contact in enumerate(NEAREST)
-    ]
-    told = located(crowd).told(PLACE, 0.0)
-    assert told == [*crowd[: limits.CONTACTS_PER_GROUP_AND_BUCKET], *crowd[7 : limits.LOCATED_HOLDERS]]
+@pytest.mark.parametrize("there", range(limits.CONTACTS_PER_GROUP_AND_BUCKET + 2))
+def test_others_are_told_of_no_more_of_one_address_group_than_a_bucket_may_hold(there: int) -> None:
+    group = "198.51.100.0/24"
+    crowd = [Contact(contact.peer, group=group if place < 7 else "") for place, contact in enumerate(NEAREST)]
+    others = [Contact(contact.peer, group=group) for contact in FARTHER[:there]]
+    told = located(crowd).told(PLACE, 0.0, others)
+    room = max(0, limits.CONTACTS_PER_GROUP_AND_BUCKET - there)
+    assert told == [*crowd[:room], *crowd[7 : limits.LOCATED_HOLDERS]]

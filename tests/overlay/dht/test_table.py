@@ -115,6 +115,26 @@ def test_places_of_a_group_are_counted_right_whoever_comes_moves_and_goes(seed: 
     assert moved > 20
 
 
+@pytest.mark.parametrize("leaves", ["one by one", "after a split"])
+def test_those_who_wait_for_a_place_come_in_only_where_their_group_has_room(leaves: str) -> None:
+    """Seen by a reviewer: 60 of one group that waited took all of a bucket's 20 places as the others left."""
+    table = Table(contact(1))
+    far = [found for found in map(contact, range(2, 400)) if table.depth_of(found.id) == 0]
+    honest, crowd = far[:20], [contact(n, "198.51.100.0/24") for n in range(400, 700)]
+    for found in honest:
+        table.add_contact(found)
+    for found in crowd:
+        bucket = table.buckets[table.get_bucket_for(found)]
+        bucket.replacement_nodes[found.id] = found
+    if leaves == "after a split":
+        table.split_bucket(0)
+    for found in honest:
+        table.remove_contact(found)
+        assert table._groups == counted(table)
+    assert all(Counter(n.group for n in bucket.nodes.values()).total() <= 2 for bucket in table.buckets)
+    assert 2 <= len(table) <= limits.CONTACTS_PER_GROUP
+
+
 def test_groups_are_networks_and_private_ones_can_be_exempt() -> None:
     public = Multiaddr.parse("/ip4/8.8.4.4/tcp/1")
     assert group_of(public, exempt_private=True) == "8.8.4.0/24"
