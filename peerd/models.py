@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CLAIM_SETTLES_S = 0.4
-FEW_SERVERS = 100
-"""With fewer than these each claim counts: a newcomer looks thoroughly before it chooses, and not only before it settles."""
 FIND_NETWORK_S = 2.0
 PROGRESS_S = 3.0
 """How often a load that takes long says how far it is."""
@@ -175,9 +173,7 @@ class ModelHost:
         model = id_of(source)
         started = self._clock.now()
         self._swarm.expect_blocks(model, source.blocks)  # so that claims are seen before anybody's manifest is
-        await self._swarm.look()
-        if len(self._swarm.view(model).servers) < FEW_SERVERS:
-            await self._swarm.refresh()
+        await self._swarm.first_look()
         compute_class, span, sizing = self._place(source, model)
         before = frozenset(server.peer for server in self._swarm.view(model).servers)
         record = self._claim(source, model, span, compute_class)

@@ -51,6 +51,7 @@ FRESH_S = 3.0
 """Blocks that nobody serves are said to be so on the word of a look no older than this."""
 INTEREST_S = 120.0
 OTHERS_PER_REFRESH = 16
+FEW_CONTACTS = 20
 LOOKUPS_AT_ONCE = 16
 MANIFESTS_MAX = 1024
 NAME_DIGITS = 12
@@ -253,6 +254,13 @@ class Swarm:
         self._manifests_at = float("-inf")
         self._thorough = True
         await self.look()
+
+    async def first_look(self) -> None:
+        """Before a newcomer chooses: thorough where few nodes are known, for a young network changes by the second."""
+        if self._dht.statistics().contacts < FEW_CONTACTS:
+            await self.refresh()
+        else:
+            await self.look()
 
     async def look(self) -> None:
         """Look now, as is usual; concurrent callers do so one after the other."""

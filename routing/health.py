@@ -39,7 +39,7 @@ FAULT_OF_CODE = {
     "connection-lost": Fault.UNREACHABLE,
     "stream-reset": Fault.UNREACHABLE,
     "stream-closed": Fault.UNREACHABLE,
-    "timed-out": Fault.UNREACHABLE,
+    "timed-out": Fault.SILENT,
     "silent": Fault.SILENT,
     "stalled": Fault.SLOW,
     "not-ready": Fault.SILENT,

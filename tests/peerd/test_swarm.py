@@ -15,7 +15,7 @@ import pytest
 from blocks.model.identity import Manifest, make_manifest
 from blocks.model.source import resolve
 from netsim.loop import run
-from overlay.dht.node import Dht
+from overlay.dht.node import Dht, DhtStatistics
 from overlay.dht.records import Record
 from overlay.errors import DialError
 from overlay.host import Host
@@ -310,6 +310,10 @@ class Holders:
         self.under: dict[bytes, list[Record]] = {}
         self.reads: list[tuple[bytes, float, bool]] = []
         self.read_s = READ_S
+        self.contacts = 0
+
+    def statistics(self) -> DhtStatistics:
+        return DhtStatistics(self.contacts, 0, 0, 0, 0, 0)
 
     def follow(self, key: bytes) -> Followed:
         return Followed(self, key)
@@ -507,6 +511,20 @@ def test_an_idle_daemon_reads_manifests_at_once_on_demand(manifest: Manifest, de
             await asyncio.sleep(READ_S)
         key, at, thorough = holders.reads[0]
         assert (key, at, thorough) == (MANIFESTS_KEY, began, demand == "refresh")
+
+    watching(manifest, 2, Span(0, 4), scene)
+
+
+@pytest.mark.parametrize(("contacts", "is_thorough"), [(0, True), (19, True), (20, False)])
+def test_a_newcomer_looks_thoroughly_where_few_nodes_are_known(
+    manifest: Manifest, contacts: int, is_thorough: bool
+) -> None:
+    async def scene(swarm: Swarm, holders: Holders) -> None:
+        await asyncio.sleep(5)
+        holders.contacts = contacts
+        holders.reads.clear()
+        await swarm.first_look()
+        assert (key_of(manifest), is_thorough) in [(key, thorough) for key, _, thorough in holders.reads]
 
     watching(manifest, 2, Span(0, 4), scene)
 

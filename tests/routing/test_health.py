@@ -49,6 +49,7 @@ def test_our_own_faults_and_the_users_count_against_nobody() -> None:
     assert fault_of("bad-request", Blame.USER) is None
     assert fault_of("edge-lost", Blame.EDGE) is Fault.EDGE
     assert fault_of("silent", Blame.PEER) is fault_of("not-ready", Blame.PEER) is Fault.SILENT
+    assert fault_of("timed-out", Blame.NETWORK) is Fault.SILENT, "opening a stream to it took 8 s, and would again"
     assert fault_of("bad-signature", Blame.PEER) is Fault.PROTOCOL
     assert fault_of("something-new", Blame.NETWORK) is Fault.UNREACHABLE
 
