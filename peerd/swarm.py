@@ -52,6 +52,7 @@ FRESH_S = 3.0
 INTEREST_S = 120.0
 OTHERS_PER_REFRESH = 16
 FEW_CONTACTS = 20
+"""In a network of fewer nodes a newcomer looks thoroughly."""
 LOOKUPS_AT_ONCE = 16
 MANIFESTS_MAX = 1024
 NAME_DIGITS = 12
@@ -230,7 +231,7 @@ class Swarm:
     async def run(self) -> None:
         """Refresh for ever."""
         while True:
-            await self.look()
+            await self._look()
             try:
                 async with asyncio.timeout(self._pause_s()):
                     await self._wake.wait()
@@ -253,17 +254,16 @@ class Swarm:
         """Look at manifests and records now, and thoroughly; concurrent callers do so one after the other."""
         self._manifests_at = float("-inf")
         self._thorough = True
-        await self.look()
+        await self._look()
 
     async def first_look(self) -> None:
         """Before a newcomer chooses: thorough where few nodes are known, for a young network changes by the second."""
         if self._dht.statistics().contacts < FEW_CONTACTS:
             await self.refresh()
         else:
-            await self.look()
+            await self._look()
 
-    async def look(self) -> None:
-        """Look now, as is usual; concurrent callers do so one after the other."""
+    async def _look(self) -> None:
         async with self._refreshing:
             thorough, self._thorough = self._thorough, False
             every_s = MANIFESTS_EVERY_S if self._is_busy() else MANIFESTS_IDLE_S

@@ -3,7 +3,7 @@
 A key that is read every few seconds, or renewed every half minute, isn't looked for each time. That the neighbourhood changed shows in
 what its members say: one that doesn't answer leaves it, and one that names a node near the key that nobody named before makes it be
 looked for anew. Such a look asks the strangers and the few nearest: members that answered a moment ago needn't show again that they
-are there. Others who look for the same key are told who its members are.
+are there. Where something of ours is published, others who look for the key are told who its members are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Neighbourhood:
     """The least time until it is looked for again; longer where looking found the same: whoever names strangers gains nothing by it."""
     has_changed: bool = False
     strangers: dict[bytes, Contact] = field(default_factory=dict)
-    """Who was named since, and is nearer than a member; at most `limits.KSIZE`."""
+    """Who was named since, and is nearer than a member; with `limits.KSIZE` of them nobody is added any more."""
 
     @property
     def is_lonely(self) -> bool:

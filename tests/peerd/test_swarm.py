@@ -417,10 +417,7 @@ def test_what_a_daemon_that_serves_knows_does_not_run_out_between_its_looks(mani
 
 def test_who_drives_after_a_long_pause_looks_first(manifest: Manifest) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
-        serve_own(swarm, manifest)
-        while len(holders.looks(key_of(manifest))) < 2:
-            await asyncio.sleep(READ_S)
-        await asyncio.sleep(15)
+        await serve_idly(swarm, holders, manifest, 15)
         reads = len(holders.reads)
         await swarm.freshen(manifest.model)
         assert len(holders.reads) == reads, "what is known is as fresh as an idle daemon's is"
@@ -439,12 +436,17 @@ def serve_own(swarm: Swarm, manifest: Manifest) -> None:
     swarm.put_own(SpanRecord(peer, (), manifest.model, Span(0, 2), State.ONLINE, FLOAT32, step_s=0.001), 4)
 
 
+async def serve_idly(swarm: Swarm, holders: Holders, manifest: Manifest, seconds: float) -> None:
+    """Until so long after a look."""
+    serve_own(swarm, manifest)
+    while len(holders.looks(key_of(manifest))) < 2:
+        await asyncio.sleep(READ_S)
+    await asyncio.sleep(seconds)
+
+
 def test_of_many_who_drive_at_once_after_a_long_pause_the_first_looks_for_all(manifest: Manifest) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
-        serve_own(swarm, manifest)
-        while len(holders.looks(key_of(manifest))) < 2:
-            await asyncio.sleep(READ_S)
-        await asyncio.sleep(30)
+        await serve_idly(swarm, holders, manifest, 30)
         reads, began = len(holders.reads), asyncio.get_running_loop().time()
         await asyncio.gather(*(swarm.freshen(manifest.model) for _ in range(10)))
         assert [key for key, _, _ in holders.reads[reads:]] == [key_of(manifest)]
@@ -455,10 +457,7 @@ def test_of_many_who_drive_at_once_after_a_long_pause_the_first_looks_for_all(ma
 
 def test_who_drives_does_not_wait_for_holders_that_say_nothing(manifest: Manifest) -> None:
     async def scene(swarm: Swarm, holders: Holders) -> None:
-        serve_own(swarm, manifest)
-        while len(holders.looks(key_of(manifest))) < 2:
-            await asyncio.sleep(READ_S)
-        await asyncio.sleep(30)
+        await serve_idly(swarm, holders, manifest, 30)
         holders.read_s, began = 1000.0, asyncio.get_running_loop().time()
         await swarm.freshen(manifest.model)
         assert asyncio.get_running_loop().time() - began == pytest.approx(LOOK_S)
