@@ -373,8 +373,7 @@ class Host:
                     listener(connection)
         if connection.is_first_meeting:
             self._ask_who(connection)
-        if len(self._connections) > limits.CONNECTIONS_EASY:
-            self._idle.leave(self._connections, self._keeps, now)
+        self._idle.leave(self._connections, len(self._draining), self._keeps, now)
 
     def _ask_who(self, connection: Connection) -> None:
         """Who answered at a bare address is asked at once, and whoever dialled us when that turns out to last; whom we dial by name when
@@ -462,7 +461,7 @@ class Host:
                 self._check_alive(connection, now)
                 if connection.is_inbound and connection.is_open:
                     self._ask_who(connection)
-        self._idle.leave(self._connections, self._keeps, now)
+        self._idle.leave(self._connections, len(self._draining), self._keeps, now)
         if self._push_due:
             self._push_due = False
             for connection in self._connections.values():

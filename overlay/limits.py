@@ -43,8 +43,10 @@ DUPLICATES_PER_PEER = 4
 CONNECTION_IDLE_S = 35.0
 """A connection without streams that nobody keeps is left after so long: a DHT has thousands of contacts, and needs few at a time."""
 CONNECTIONS_EASY = 40
-"""While more are open, the longest idle are left at once: lookups side by side dial fifty peers in a second, and those nearest to a
+"""While there are more, the longest idle are left at once: lookups side by side dial fifty peers in a second, and those nearest to a
 busy key are asked by many at once."""
+CLOSING_LATELY_S = 1.0
+"""Of those that were left and still close, the average over about so long counts."""
 CONNECTIONS_IDLE_MAX = 64
 """What that keeps a host under that isn't using more at once, counting those that it has left and that still close."""
 UNUSED_IDLE_S = 1.0

@@ -9,7 +9,7 @@ import pytest
 from overlay import limits
 from overlay.connection import Connection
 from overlay.host import Host
-from overlay.idle import to_leave
+from overlay.idle import ClosingLately, to_leave
 from overlay.ping import PING
 from overlay.rpc.types import Message
 from overlay.rpc.unary import call, serve_unary
@@ -18,7 +18,6 @@ from tests.overlay.network import run_hosts, until
 
 ECHO = "/test/echo/1"
 ASK = "/test/ask/1"
-MANY = limits.CONNECTIONS_EASY
 
 
 async def echo(stream: Stream) -> None:
@@ -41,19 +40,49 @@ async def joined(one: Host, two: Host) -> tuple[Connection, Connection]:
 
 def test_what_was_quiet_for_long_is_left_and_what_was_used_lately_is_not() -> None:
     now = 1000.0
-    assert to_leave([now - limits.CONNECTION_IDLE_S, now - 1.0], 2, now) == [0]
+    assert to_leave([now - limits.CONNECTION_IDLE_S, now - 1.0], 0, now) == [0]
 
 
 def test_over_the_limit_the_longest_quiet_are_left_first() -> None:
     now = 1000.0
-    assert to_leave([now - 3, now - 5, now - 4], MANY + 2, now) == [1, 2]
-    assert to_leave([now - 3, now - 5, now - 4], MANY, now) == []
+    assert to_leave([now - 3, now - 5, now - 4], 2, now) == [1, 2]
+    assert to_leave([now - 3, now - 5, now - 4], 0, now) == []
 
 
 def test_over_the_limit_one_that_was_used_this_very_moment_is_left_too_but_no_more_than_it_takes() -> None:
     now = 1000.0
-    assert to_leave([now, now - 0.1, now - 0.2], MANY + 2, now) == [2, 1]
-    assert to_leave([now], MANY + 50, now) == [0]
+    assert to_leave([now, now - 0.1, now - 0.2], 2, now) == [2, 1]
+    assert to_leave([now], 50, now) == [0]
+
+
+def test_those_that_close_count_as_many_as_they_were_of_late_not_as_they_are_in_a_burst() -> None:
+    closing = ClosingLately()
+    assert closing.count(0, 1000.0) == 0
+    assert closing.count(20, 1000.0) == 0
+    assert closing.count(20, 1000.1) == 2
+    assert [closing.count(20, 1000.1 + seconds) for seconds in (1.0, 2.0, 10.0)] == [13, 18, 20]
+    assert closing.count(0, 1060.0) == 0
+
+
+def test_a_host_with_connections_that_close_holds_fewer_that_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(one: Host, two: Host, three: Host) -> None:
+        one.serve(ECHO, echo)
+        quiet, _ = await joined(one, two)
+        closing, other = await joined(one, three)
+        holding = other.open_stream(ECHO)
+        await holding.write(b"x")
+        await holding.read_exactly(1)
+        now = one.ports.clock.now()
+        one.maintain(now)
+        monkeypatch.setattr(limits, "CONNECTIONS_EASY", 1)
+        closing.leave()
+        one.maintain(now)
+        assert not quiet.was_left
+        one.maintain(now + 10 * limits.CLOSING_LATELY_S)
+        assert closing.is_open
+        assert quiet.was_left
+
+    run_hosts(3, scene)
 
 
 def test_a_connection_that_was_just_dialled_is_not_left_however_many_are_open_and_once_used_it_is(
