@@ -116,7 +116,7 @@ class Crowd(Scene[CrowdSettings]):
         "known.share": "of the servers that serve when all was settled, the share that each driver knows of",
         "online": "servers that serve, over time",
         "connections": "connections of a host, those that are closing too, once settled",
-        "connections.over": "samples of a settled host with more connections than the overlay's limit for idle ones",
+        "connections.over": "samples of a host, from its start, with more connections than the overlay's limit for idle ones",
         "dht.calls_per_s": "calls of the DHT that a host makes a second",
         "left.sessions": "sessions that servers still held long after the last text",
         "left.kv_bytes": "KV memory reserved long after the last text",
@@ -229,7 +229,7 @@ class Crowd(Scene[CrowdSettings]):
         if now_s >= self._settings.settled_s:
             self._low = fewest if self._low is None else min(self._low, fewest)
             metrics.put("coverage.low", self._low)
-            self._count_connections()
+        self._count_connections(is_settled=now_s >= self._settings.settled_s)
 
     def _note_online(self, serving: list[tuple[Machine, Span]]) -> None:
         now_s = self._world.now_s
@@ -243,13 +243,15 @@ class Crowd(Scene[CrowdSettings]):
                 self._metrics.count("served")
                 self._metrics.observe("online_s", now_s - began_s, of=machine.name)
 
-    def _count_connections(self) -> None:
+    def _count_connections(self, *, is_settled: bool) -> None:
         for machine in self._world.alive():
             peer = cast(NodePeer | None, machine.peer)
             if peer is not None:
                 count = len(peer.host.connections()) + len(peer.host._draining)
-                self._metrics.observe("connections", count, of=machine.name)
-                self._metrics.count("connections.over", int(count > CONNECTIONS_IDLE_MAX), of=machine.name)
+                if is_settled:
+                    self._metrics.observe("connections", count, of=machine.name)
+                over = count > CONNECTIONS_IDLE_MAX
+                self._metrics.count("connections.over", int(over), of=machine.name if over else "")
 
     def _note_spread(self) -> None:
         rates = self._servers.rates()

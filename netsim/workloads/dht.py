@@ -35,7 +35,7 @@ COMMON_METRICS: Mapping[str, str] = {
     "connections": "connections of each host, those that are closing too, sampled once settled",
     "connections.open": "connections of all hosts, over time",
     "connections.quiet_s": "the longest that a connection of a settled host has brought nothing, sampled for each host",
-    "connections.over": "samples of a settled host with more connections than the overlay's limit for idle ones",
+    "connections.over": "samples of a host, from its start, with more connections than the overlay's limit for idle ones",
     "published.holders": "nodes that took a record",
     "publish_s": "seconds until a record was offered to all that should hold it",
     "asked": "lookups",
@@ -100,7 +100,7 @@ class Field:
         return joined
 
     def settled(self) -> None:
-        """From now on the number of each host's connections counts."""
+        """From now on it counts how many connections each host has, and how long they were silent."""
         self._settled_at = self.world.now_s
 
     async def watch(self) -> None:
@@ -110,16 +110,18 @@ class Field:
             total = 0
             for machine in self.world.alive():
                 peer = cast(DhtPeer | None, machine.peer)
-                count = 0 if peer is None else len(peer.overlay.connections()) + len(peer.overlay._draining)
+                if peer is None:
+                    continue
+                count = len(peer.overlay.connections()) + len(peer.overlay._draining)
                 total += count
-                if peer is not None and self.world.now_s > self._settled_at:
+                over = count > CONNECTIONS_IDLE_MAX
+                self.metrics.count("connections.over", int(over), of=machine.name if over else "")
+                if self.world.now_s > self._settled_at:
                     self._observe_connections(machine, peer, count)
             self.metrics.sample("connections.open", self.world.now_s, total)
 
     def _observe_connections(self, machine: Machine, peer: DhtPeer, count: int) -> None:
         self.metrics.observe("connections", count, of=machine.name)
-        over = count > CONNECTIONS_IDLE_MAX
-        self.metrics.count("connections.over", int(over), of=machine.name if over else "")
         now = self.world.loop.time()
         quiet_s = max((now - found.last_received for found in peer.overlay.connections()), default=0.0)
         self.metrics.observe("connections.quiet_s", quiet_s, of=machine.name)

@@ -46,14 +46,17 @@ class Garbage(Scene[GarbageSettings]):
         "dials.failed": "which ended with a typed error",
         "dials.untyped": "which ended with any other exception",
         "asked": "questions of an honest peer meanwhile",
-        "answered": "of these",
+        "answered": "of these, rightly",
+        "unanswered": "of these, wrongly, or with an error",
         "answer_s": "seconds of an answer",
         "left.connections": "of strangers at the victim, long after",
         "left.upgrading": "handshakes at the victim, long after",
         "left.lanes": "lanes at the victim, long after",
     }
 
-    COUNTED = ("attacks", "refused", "borne", "dials", "dials.failed", "dials.untyped", "asked", "answered")
+    COUNTED = (
+        "attacks", "refused", "borne", "dials", "dials.failed", "dials.untyped", "asked", "answered", "unanswered",
+    )  # fmt: skip
 
     def __init__(self, world: World, settings: GarbageSettings, metrics: Metrics) -> None:
         super().__init__(world, settings, metrics)
@@ -118,9 +121,10 @@ class Garbage(Scene[GarbageSettings]):
             self._metrics.count("asked")
             try:
                 is_right = await self._world.on(asker, honest.call(target, 200))
-                self._metrics.count("answered", int(is_right), of="" if is_right else asker.name)
+                self._metrics.count("answered" if is_right else "unanswered", of="" if is_right else asker.name)
                 self._metrics.observe("answer_s", self._world.now_s - began_s, of=asker.name)
             except PeerdError as error:
+                self._metrics.count("unanswered", of=asker.name)
                 self._world.trace.note(asker.name, f"no answer: {error}")
             await asyncio.sleep(self._settings.ask_every_s)
 
