@@ -75,6 +75,7 @@ def test_the_host_that_did_not_join_is_named_and_its_story_told() -> None:
         "joined": ("home-3",),
         "join_s.p99": ("home-3",),
         "contacts.min": ("home-3",),
+        "connections.over": (),
     }
     assert outcome.numbers["joined"] == 4
     assert any("fault home-3 power-off" in line for line in outcome.stories["home-3"])
