@@ -226,10 +226,11 @@ class Crowd(Scene[CrowdSettings]):
         if fewest and self._covered_s is None:
             self._covered_s = now_s
             metrics.put("covered_s", now_s)
-        if now_s >= self._settings.settled_s:
+        is_settled = now_s >= self._settings.settled_s
+        if is_settled:
             self._low = fewest if self._low is None else min(self._low, fewest)
             metrics.put("coverage.low", self._low)
-        self._count_connections(is_settled=now_s >= self._settings.settled_s)
+        self._count_connections(is_settled=is_settled)
 
     def _note_online(self, serving: list[tuple[Machine, Span]]) -> None:
         now_s = self._world.now_s
