@@ -29,6 +29,8 @@ from overlay.yamux.session import GOAWAY_NORMAL, GOAWAY_PROTOCOL, Lane, Session
 
 log = logging.getLogger(__name__)
 
+ARRIVAL_BIT = 1 << 30
+"""Marks with this bit are waited for; the others are the pacer's."""
 CONTROL_IN_MESSAGE_BYTES = 2 << 10
 """Up to so much, control frames share a message with data."""
 
@@ -74,11 +76,13 @@ class Connection(asyncio.BufferedProtocol):
     """See the module. Made by the host, one per socket."""
 
     __slots__ = (
+        "_arrivals",
         "_asked_at",
         "_blocked",
         "_closed",
         "_error",
         "_is_closed",
+        "_last_arrival",
         "_make_upgrade",
         "_now",
         "_outbox",
@@ -149,6 +153,9 @@ class Connection(asyncio.BufferedProtocol):
         self._asked_at: float | None = None
         self.last_received = 0.0
         self.unnegotiated = 0
+        self._arrivals: dict[int, asyncio.Future[None]] | None = None
+        """Marks of `wait_arrived`, by their numbers; nearly no connection has any."""
+        self._last_arrival = 0
 
     # --- facts ---
 
@@ -169,6 +176,11 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def error(self) -> PeerdError | None:
         return self._error
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for what was written to arrive."""
+        return bool(self._arrivals)
 
     @property
     def was_upgraded(self) -> bool:
@@ -310,7 +322,31 @@ class Connection(asyncio.BufferedProtocol):
 
     def mark_echoed(self, number: int) -> None:
         """What was written before the mark has arrived: there is room for more bulk, with the next write."""
-        self._outbox.mark_echoed(number, self.sent_bytes)
+        if not number & ARRIVAL_BIT:
+            self._outbox.mark_echoed(number, self.sent_bytes)
+            return
+        waiting = None if self._arrivals is None else self._arrivals.pop(number, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    async def wait_arrived(self) -> None:
+        """Until all that was written by now has arrived at the peer's mux: a mark behind it was echoed.
+
+        Raises ConnectionLost. Cancel-safe.
+        """
+        if self._error is not None:
+            raise ConnectionLost(str(self._error))
+        if self._arrivals is None:
+            self._arrivals = {}
+        self._last_arrival = (self._last_arrival + 1) % ARRIVAL_BIT
+        number = ARRIVAL_BIT | self._last_arrival
+        waiting = self._arrivals[number] = asyncio.get_running_loop().create_future()
+        try:
+            self.session.mark(number)
+            self.pump()
+            await waiting
+        finally:
+            self._arrivals.pop(number, None)
 
     def go_away(self, code: int) -> None:
         if code != GOAWAY_NORMAL:
@@ -421,6 +457,9 @@ class Connection(asyncio.BufferedProtocol):
         for lane in self.session.live_lanes():
             if isinstance(lane.owner, Stream):
                 lane.owner.lost(ConnectionLost(str(error)))
+        for waiting in () if self._arrivals is None else self._arrivals.values():
+            if not waiting.done():
+                waiting.set_exception(ConnectionLost(str(error)))
         self._owner.connection_ended(self, error)
 
     def reap(self, now: float) -> None:

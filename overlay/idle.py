@@ -1,8 +1,9 @@
 """Which of the open connections are no longer worth holding. No clock, no waiting.
 
-A connection is *quiet* while it carries no stream and nobody on this side keeps it; a ping from the peer, who may be keeping it, counts
-as use; nor is it quiet when it was just dialled, for somebody is about to use it. Quiet ones are left after `CONNECTION_IDLE_S`, and
-while there are more than `CONNECTIONS_EASY` at once, the longest quiet first. Those in use are never left, however many they are.
+A connection is *quiet* while it carries no stream, nobody on this side keeps it or waits for what it sent to arrive; a ping from the
+peer, who may be keeping it, counts as use; nor is it quiet when it was just dialled, for somebody is about to use it. Quiet ones are left
+after `CONNECTION_IDLE_S`, and while there are more than `CONNECTIONS_EASY` at once, the longest quiet first. Those in use are never left,
+however many they are.
 
 A connection that was left takes a round trip to close, longer behind what it still carries. Those that close count too, as many as
 they were of late: a node near a busy key is dialled and asked forty times a second, and has a dozen of them at any moment. Counted
@@ -77,6 +78,7 @@ class IdleConnections:
             found
             for peer, found in connections.items()
             if not found.session.lanes
+            and not found.is_awaited
             and not (kept and peer in kept)
             and (found.session.was_used or now - found.opened_at >= limits.UNUSED_IDLE_S)
         ]

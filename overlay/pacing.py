@@ -24,6 +24,8 @@ WINDOW_MIN_BYTES = 8 << 10
 WINDOW_MAX_BYTES = 64 << 20
 MARKS_PER_WINDOW = 8
 MARKS_MAX = 64
+NUMBERS = (1 << 30) - 1
+"""The pacer's; the bit above is for other marks."""
 MARK_MIN_BYTES = 8 << 10
 MARK_AGAIN_S = 1.0
 """A peer may lose an echo among others; the next one confirms as much."""
@@ -108,7 +110,7 @@ class Pacer:
 
     def mark(self, position: int, now: float) -> int:
         """The number of a mark that leaves now, after ``position`` bytes."""
-        self._next_number = (self._next_number + 1) & 0x7FFFFFFF
+        self._next_number = (self._next_number + 1) & NUMBERS
         self._marks.append(_Mark(self._next_number, position, now))
         self._marked, self._marked_at = position, now
         return self._next_number

@@ -55,6 +55,7 @@ class Stream:
         "_error",
         "_finish_after_drain",
         "_initiator",
+        "_is_awaited",
         "_is_full",
         "_is_heavy",
         "_received",
@@ -93,6 +94,8 @@ class Stream:
         self._finish_after_drain = False
         self._is_full = False
         """Whether somebody waits for the queue to be low."""
+        self._is_awaited = False
+        """Whether somebody waits for it to be empty."""
 
     @property
     def remote_peer(self) -> PeerId:
@@ -247,6 +250,14 @@ class Stream:
         if self._error is not None:
             raise self._error
 
+    async def wait_sent(self) -> None:
+        """Until the socket has all that was written (`Connection.wait_arrived`: until the peer has). Raises as `write`. Cancel-safe."""
+        while self.outgoing and self._error is None:
+            self._is_awaited = True
+            await self._changed.wait()
+        if self._error is not None:
+            raise self._error
+
     def write_nowait(self, *buffers: Buffer, end: bool = False) -> None:
         """Queue ``buffers`` and transmit what the socket takes, in this call. Buffers must not change afterwards.
 
@@ -281,6 +292,9 @@ class Stream:
             self._is_heavy = False
         if self._is_full and self.outgoing_bytes <= limits.STREAM_WRITE_HIGH_WATER_BYTES:
             self._is_full = False
+            self._changed.wake()
+        if self._is_awaited and not self.outgoing:
+            self._is_awaited = False
             self._changed.wake()
         if self._finish_after_drain and not self.outgoing:
             self._finish()

@@ -133,15 +133,15 @@ class Field:
 
     # --- what they do ---
 
-    def record(self, machine: Machine, key: bytes, ttl_s: float = TTL_S) -> tuple[Published, float]:
-        """A record of that host's under ``key``."""
-        value = f"{machine.name} {self.draws.random()!r}".encode()
+    def record(self, machine: Machine, key: bytes, ttl_s: float = TTL_S, more: str = "") -> tuple[Published, float]:
+        """A record of that host's under ``key``; its value ends with ``more``."""
+        value = f"{machine.name} {self.draws.random()!r}{more}".encode()
         self._published[value] = (key, peer_of(machine).identity.peer_id)
         return Published(key, b"s", value, machine.name), ttl_s
 
-    async def publish(self, machine: Machine, key: bytes, ttl_s: float = TTL_S) -> Published | None:
+    async def publish(self, machine: Machine, key: bytes, ttl_s: float = TTL_S, more: str = "") -> Published | None:
         """Publish a record there; None when the host died meanwhile."""
-        record, ttl_s = self.record(machine, key, ttl_s)
+        record, ttl_s = self.record(machine, key, ttl_s, more)
         began_s = self.world.now_s
         dht = peer_of(machine).dht
         try:
@@ -162,7 +162,7 @@ class Field:
             return True  # nobody looked
         values = {record.value: None for record in found}
         missing = [record for record in wanted if record.value not in values]
-        wrong = [record for record in found if record.value in gone or not self._is_published(record)]
+        wrong = [record for record in found if record.value in gone or not self.is_published(record)]
         self._asked += 1
         self._found += not missing
         self.metrics.count("asked")
@@ -176,7 +176,7 @@ class Field:
         self.world.trace.add("looked", machine.name, f"{key.hex()} {len(found)} missing {len(missing)}")
         return not missing
 
-    def _is_published(self, record: Record) -> bool:
+    def is_published(self, record: Record) -> bool:
         """Whether somebody published it so: this value, under this key, by the peer that it names."""
         return self._published.get(record.value) == (record.key, record.publisher)
 

@@ -60,12 +60,16 @@ class Known:
         """What that holder gave with its last answer; empty for one that has told nothing."""
         return self._cursors[holder][0] if holder in self._cursors else b""
 
+    def _told_at(self, holder: bytes) -> float:
+        """When that holder has told all it had."""
+        return self._cursors[holder][1] if self.cursor_of(holder) else float("-inf")
+
     def news_for(self, holder: bytes, now: float) -> list[Record]:
         """What that holder might tell though it is known: what was heard from others since its last answer.
 
         Not what is in the second half of its life: it is late for its renewal, and how long it has left isn't left to one holder.
         """
-        since = self._cursors[holder][1] if self.cursor_of(holder) else float("-inf")
+        since = self._told_at(holder)
         return [
             told.record
             for told in self._told.values()
@@ -78,7 +82,10 @@ class Known:
         self._cursors = {holder: self._cursors[holder] for holder in ids if holder in self._cursors}
 
     def heard(self, holder: bytes, found: Found, now: float) -> None:
-        """An answer. A record's life is never longer than from the first sight of this sequence; holders can only shorten it."""
+        """An answer. A record's life is never longer than from the first sight of this sequence; holders can only shorten it.
+
+        Of one that ends with asking for the rest later, the cursor alone moves on: what the asker knew before it must be said again.
+        """
         for record, left_s in zip(found.records, found.left_s, strict=True):
             told = self._told.get(record.name)
             if told is not None and record.sequence < told.record.sequence:
@@ -90,7 +97,8 @@ class Known:
             else:
                 told.until = max(told.until, min(until, told.first_seen + record.ttl_s))
                 told.tellers[holder] = None
-        self._cursors[holder] = found.cursor, now
+        told_at = self._told_at(holder) if found.later_s else now
+        self._cursors[holder] = found.cursor, told_at
         self._make_room()
 
     def confirmed(self, holder: bytes, asked: Sequence[Record], lacks: Sequence[int]) -> None:
@@ -145,6 +153,15 @@ class Known:
                 self._forget(name)
 
 
+@dataclass(slots=True)
+class _Later:
+    """A holder that said to ask it later."""
+
+    until: float
+    times: int
+    """In a row."""
+
+
 class FollowedKey:
     """One key, for one reader. Every method is for the loop's thread; reads of one key come one after the other."""
 
@@ -158,6 +175,10 @@ class FollowedKey:
         self._reading = asyncio.Lock()
         self._turn = 0
         self._turned = now()
+        self._later: dict[bytes, _Later] = {}
+        self._began = now()
+        self._told_records = 0
+        """By all answers so far, known ones among them."""
         self.answers = 0
         """How many holders answered the last read."""
 
@@ -172,23 +193,30 @@ class FollowedKey:
             located = await self._asker.nearest_to(self._target, limits.LOCATED_HOLDERS, fresh_s=fresh_s)
             holders = located[: limits.LOCATED_HOLDERS]  # a lookup hears of more, and those aren't everybody's
             self._known.keep_cursors_of(holders)
+            self._later = {contact.id: self._later[contact.id] for contact in holders if contact.id in self._later}
             wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS
-            self.answers = await self._ask_in_turn(self._order(holders), wanted)
+            self.answers, self._began = 0, self._now()
+            await self._ask_in_turn(self._order(holders), wanted)
             if self.answers and not self._known.live(self._now()):
                 await self._ask_all(fresh_s)
         return self._merged()
 
-    async def _ask_in_turn(self, order: list[Contact], wanted: int) -> int:
-        """All at once where little is told; else one first, so that what it tells isn't told again by the others."""
-        if 0 < len(self._known) <= limits.AT_ONCE_RECORDS_MAX:
-            return await self._ask(order, wanted)
-        first = await self._ask(order, 1)
-        return first + await self._ask(order, wanted - first) if first else 0
+    async def _ask_in_turn(self, order: list[Contact], wanted: int) -> None:
+        """All at once where little is told; else one after the other while each tells much, so that no other tells it again."""
+        told = 0 if 0 < len(self._known) <= limits.AT_ONCE_RECORDS_MAX else limits.MUCH_TOLD_RECORDS
+        while told >= limits.MUCH_TOLD_RECORDS and self.answers < wanted:
+            before, answers = self._told_records, self.answers
+            await self._ask(order, answers + 1)
+            if self.answers == answers:
+                return
+            told = self._told_records - before
+        await self._ask(order, wanted)
 
     async def _ask_all(self, fresh_s: float) -> None:
         """Before a key is said to have no records: the nearest few may know only each other."""
         holders = await self._asker.nearest_to(self._target, limits.KSIZE, fresh_s=fresh_s)
-        self.answers = await self._ask(self._order(holders), len(holders))
+        self.answers, self._began = 0, self._now()
+        await self._ask(self._order(holders), len(holders))
 
     def _merged(self) -> tuple[Record, ...]:
         merged: dict[RecordName, Record] = {}
@@ -207,48 +235,81 @@ class FollowedKey:
         turn = self._turn % len(drawn) if drawn else 0
         return [*drawn[turn:], *drawn[:turn]]
 
-    async def _ask(self, waiting: list[Contact], wanted: int) -> int:
-        """Ask the first ``wanted`` of those waiting; who fails, or takes longer than is usual, is replaced by the next.
+    async def _ask(self, waiting: list[Contact], wanted: int) -> None:
+        """Ask those waiting until ``wanted`` answered this read; who fails, is slow, or says later, is replaced by the next.
 
-        Returns how many answered; in ``waiting`` stay those that weren't asked.
+        In ``waiting`` stay those that weren't asked, or are to be asked later. Ends `LOOKUP_S` after the read began at the latest.
         """
-        running: dict[asyncio.Task[bool], float] = {}
+        running: dict[asyncio.Task[bool | None], float] = {}
         waited_s: list[float] = []
-        answers = 0
         async with asyncio.TaskGroup() as tasks:
             try:
-                async with asyncio.timeout(limits.LOOKUP_S):
+                async with asyncio.timeout(self._began + limits.LOOKUP_S - self._now()):
                     while True:
                         now, patience_s = self._now(), patience_of(waited_s)
                         late = sum(began + patience_s <= now for began in running.values())
-                        while waiting and answers + len(running) - late < wanted:
-                            task = tasks.create_task(self._ask_one(waiting.pop(0)), name="dht read")
+                        while self.answers + len(running) - late < wanted:
+                            contact = self._next(waiting, now)
+                            if contact is None:
+                                break
+                            task = tasks.create_task(self._ask_one(contact, waiting), name="dht read")
                             running[task] = now
-                        if answers >= wanted or not running:
-                            return answers
-                        left_s = [began + patience_s - now for began in running.values() if began + patience_s > now]
-                        done, _ = await asyncio.wait(
-                            running, timeout=max(min(left_s), 0.001) if left_s and waiting else None,
-                            return_when=asyncio.FIRST_COMPLETED,
-                        )  # fmt: skip
+                        if self.answers >= wanted or not (running or (waiting and self._waits(now))):
+                            return
+                        turns = [began + patience_s for began in running.values() if began + patience_s > now]
+                        turns += [until for contact in waiting if (until := self._later_until(contact)) > now]
+                        turn_s = max(min(turns) - now, 0.001) if turns and waiting else None
+                        if not running:
+                            await asyncio.sleep(turn_s or 0.0)
+                            continue
+                        done, _ = await asyncio.wait(running, timeout=turn_s, return_when=asyncio.FIRST_COMPLETED)
                         for task in [task for task in running if task in done]:
-                            waited_s.append(self._now() - running.pop(task))
-                            answers += task.result()
+                            took_s, answered = self._now() - running.pop(task), task.result()
+                            if answered is not None:
+                                waited_s.append(took_s)
+                                self.answers += answered
             except TimeoutError:
-                return answers
+                return
             finally:
                 for task in running:
                     task.cancel()
 
-    async def _ask_one(self, contact: Contact) -> bool:
+    def _waits(self, now: float) -> bool:
+        """Whether those that said later are waited for: while nobody answered, and for a while where nobody who did knew anything."""
+        if not self.answers:
+            return True
+        return now - self._began < limits.LATER_WAITED_S and not self._known.live(now)
+
+    def _later_until(self, contact: Contact) -> float:
+        return self._later[contact.id].until if contact.id in self._later else float("-inf")
+
+    def _next(self, waiting: list[Contact], now: float) -> Contact | None:
+        """The first that may be asked now, taken out of those waiting."""
+        for place, contact in enumerate(waiting):
+            if self._later_until(contact) <= now:
+                return waiting.pop(place)
+        return None
+
+    async def _ask_one(self, contact: Contact, waiting: list[Contact]) -> bool | None:
+        """Whether it answered; None where it says to ask it later: it waits again, and what it told before that counts."""
         since, news = self._known.cursor_of(contact.id), self._known.news_for(contact.id, self._now())
         found = await self._asker.ask_for(contact, self.key, since, [record.fingerprint for record in news])
         if found is None:
             return False
         now = self._now()
+        if found.later_s:
+            times = self._later[contact.id].times + 1 if contact.id in self._later else 0
+            wait_s = min(found.later_s * 2**times, limits.LATER_MAX_S)
+            self._later[contact.id] = _Later(now + wait_s, times)
+            waiting.append(contact)
+            if not found.cursor:
+                return None
+        else:
+            self._later.pop(contact.id, None)
+        self._told_records += len(found.records)
         self._known.heard(contact.id, found, now)
         if not since:
             self._known.confirmed(contact.id, news, found.lacks)
         if lacking := self._known.lacked([news[place] for place in found.lacks], now):
             self._asker.correct(contact, lacking)
-        return True
+        return None if found.later_s else True

@@ -93,6 +93,30 @@ RPC_TIMEOUT_MIN_S = 1.0
 RPC_TIMEOUT_MAX_S = 2.0
 RPC_DIAL_TIMEOUT_S = 3.0
 
+# --- answers under way ---
+LONG_ANSWER_BYTES = 8 << 10
+"""Shorter ones always go, and nobody looks whether they arrive."""
+UNDER_WAY_BYTES = 512 << 10
+"""Of long answers: nine tenths of a second of an uplink of 5 Mbit/s ..."""
+UNDER_WAY_S = 0.75
+"""... or what arrives within so long, where that is more: askers ask somebody else after a second."""
+ARRIVED_LATELY_S = 1.0
+LONG_ANSWERS_MAX = 24
+"""Each keeps a connection: with those that are held easily they are fewer than `CONNECTIONS_IDLE_MAX`."""
+LONG_ANSWERS_PER_ASKER = 6
+"""A peer, or all of one address group."""
+LONG_ANSWER_EVERY_S = 0.5
+"""One goes after so long without any, whatever is under way: askers that never take their answers silence nobody."""
+ANSWER_LIFE_S = RPC_DIAL_TIMEOUT_S
+"""Nobody waits longer for an answer: what is left of it then isn't sent."""
+UNDER_WAY_LIFE_S = 10.0
+"""What the socket has taken of an answer counts for so long at most."""
+LATER_MIN_S = 0.5
+LATER_MAX_S = 2.0
+"""A holder that has no room for an answer says when to ask again, within these; an asker waits twice as long each time in a row."""
+LATER_WAITED_S = 3.0
+"""Where somebody answered, but knew nothing, those that said later are waited for so long."""
+
 # --- upkeep ---
 UPKEEP_S = 1.0
 """The least between two looks at what is due."""
@@ -141,7 +165,9 @@ READ_HOLDERS = 4
 READ_HOLDERS_THOROUGH = 10
 """Where blocks seem to be missing."""
 AT_ONCE_RECORDS_MAX = 64
-"""With more records under a key than these, one holder is asked first, and the others for what that one didn't tell."""
+"""With more records under a key than these, one holder is asked first, and the others for what that one didn't tell ..."""
+MUCH_TOLD_RECORDS = 16
+"""... one after the other, as long as each tells so many: holders lack much in a network that grows, and each would tell all of it."""
 ROTATE_S = 60.0
 """So often another holder takes the place of one that is read: none can hide a record for long."""
 CORRECTED_AFTER_S = 10.0

@@ -33,6 +33,8 @@ class Found:
     """For the same peer, to be told only what is newer the next time; empty from one that knows none."""
     lacks: tuple[int, ...] = ()
     """Places of those fingerprints among the ones it was asked with that the peer has no record for."""
+    later_s: float = 0.0
+    """After how many seconds to ask the peer again, which has more to send than it can now; 0 where it told all it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class LookupProtocol(Protocol):
     """What a lookup asks with; None for no answer."""
 
     async def call_find_node(self, contact: Contact, target: Node) -> Found | None: ...
-    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None: ...
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node, since: bytes = b"") -> Found | None: ...
 
 
 @dataclass(slots=True)
@@ -88,6 +90,8 @@ class NodeLookup(SpiderCrawl):
         self._hops: dict[bytes, int] = dict.fromkeys(self.seen, 1)
         self._waited_s: list[float] = []
         self._late: dict[bytes, None] = {}
+        self._busy: dict[bytes, None] = {}
+        """Who said to ask later."""
 
     def begin_with(self, contact: Contact, found: Found) -> None:
         """What a contact answered before the lookup began: it isn't asked again."""
@@ -129,16 +133,21 @@ class NodeLookup(SpiderCrawl):
                         return
                     done, _ = await asyncio.wait(running, timeout=next_late, return_when=asyncio.FIRST_COMPLETED)
                     for task in [task for task in running if task in done]:
-                        asked = running.pop(task)
-                        self._waited_s.append(now() - asked.at)
-                        self._heard(asked.contact, task.result())
+                        asked, found = running.pop(task), task.result()
+                        if found is not None and found.later_s:
+                            again = self._ask_again(asked.contact, found)
+                            running[tasks.create_task(again, name="dht lookup")] = asked
+                            continue
+                        if asked.contact.id not in self._busy:
+                            self._waited_s.append(now() - asked.at)
+                        self._heard(asked.contact, found)
             finally:
                 for task in running:
                     task.cancel()
 
     def passed_over(self) -> list[Contact]:
-        """Those that kept the lookup waiting to its end."""
-        return [node for node in self.nearest.by_distance() if node.id in self._late]
+        """Those that kept the lookup waiting to its end, and said nothing."""
+        return [node for node in self.nearest.by_distance() if node.id in self._late and node.id not in self._busy]
 
     def named(self) -> list[Contact]:
         """Who came up near the target and didn't fail, the nearest first; bounded by `CANDIDATES_MAX`."""
@@ -178,13 +187,26 @@ class NodeLookup(SpiderCrawl):
         found: Coroutine[Any, Any, Found | None] = self.protocol.call_find_node(contact, self.node)
         return found
 
+    def _ask_again(self, contact: Contact, found: Found) -> Coroutine[Any, Any, Found | None]:
+        """Who says to ask later names others at once; meanwhile others are asked, as in place of any who is slow."""
+        self._busy[contact.id] = None
+        self._told_of(contact, found.contacts)
+        return self._ask_later(contact, found.later_s)
+
+    async def _ask_later(self, contact: Contact, later_s: float) -> Found | None:
+        await asyncio.sleep(later_s)
+        return await self._ask(contact)
+
     def _heard(self, contact: Contact, found: Found | None) -> None:
         if found is None:
             self._failed[contact.id] = None
             self.nearest.remove([contact.id])
             return
         self.answered[contact.id] = contact
-        new = [node for node in found.contacts if node.id != self._own_id and node.id not in self._failed]
+        self._told_of(contact, found.contacts)
+
+    def _told_of(self, contact: Contact, contacts: Sequence[Contact]) -> None:
+        new = [node for node in contacts if node.id != self._own_id and node.id not in self._failed]
         self.nearest.push(new)
         for node in new:
             if node.id not in self.seen:
@@ -216,16 +238,36 @@ class ValueLookup(NodeLookup):
         self.key = key
         self.merged: dict[RecordName, Record] = {}
         self._held: dict[bytes, dict[RecordName, int]] = {}
+        self._cursors: dict[bytes, bytes] = {}
+        """Of those that told a part and said to ask later."""
 
     def _ask(self, contact: Contact) -> Coroutine[Any, Any, Found | None]:
-        found: Coroutine[Any, Any, Found | None] = self.protocol.call_find_value(contact, self.key, self.node)
+        since = self._cursors.get(contact.id, b"")
+        found: Coroutine[Any, Any, Found | None] = self.protocol.call_find_value(contact, self.key, self.node, since)
         return found
+
+    def _ask_again(self, contact: Contact, found: Found) -> Coroutine[Any, Any, Found | None]:
+        """What it told before it said later counts, and isn't asked for again."""
+        self._told(contact, found)
+        if found.cursor:
+            self._cursors[contact.id] = found.cursor
+        return super()._ask_again(contact, found)
+
+    def _is_complete(self, running: Sequence[_Asked], now: float) -> bool:
+        """While nobody knew anything, those that said later are waited for."""
+        since = now - limits.LATER_WAITED_S
+        if not self.merged and any(asked.contact.id in self._busy and asked.at > since for asked in running):
+            return False
+        return super()._is_complete(running, now)
 
     def _heard(self, contact: Contact, found: Found | None) -> None:
         super()._heard(contact, found)
         if found is not None:
-            merge(self.merged, found.records)
-            self._held[contact.id] = {record.name: record.sequence for record in found.records}
+            self._told(contact, found)
+
+    def _told(self, contact: Contact, found: Found) -> None:
+        merge(self.merged, found.records)
+        self._held.setdefault(contact.id, {}).update({record.name: record.sequence for record in found.records})
 
     def _wanted(self) -> int:
         """Half of the k closest, but all of them before a key is said to have no records: the first ten may know only each other."""

@@ -66,6 +66,8 @@ class DhtStatistics:
     stored_bytes: int
     calls: int
     failures: int
+    put_off: int
+    """Answers for which there was no room on the uplink: their askers were told to ask again."""
 
 
 LookupListener = Callable[[LookupReport], None]
@@ -165,6 +167,7 @@ class Dht:
             self._store.size_bytes,
             self._protocol.calls,
             self._protocol.failures,
+            self._protocol.put_off,
         )
 
     def known_peers(self) -> list[tuple[PeerId, tuple[Multiaddr, ...]]]:
@@ -416,11 +419,18 @@ class Dht:
 
     async def _fetch_from_publisher(self, publisher: PeerId, key: bytes) -> None:
         """A record that somebody else brought is taken from its publisher, or not at all."""
-        contact = self._contact_of(publisher)
-        found = await self._protocol.call_find_value(contact, key, Node(location_of(key)))
+        contact, target = self._contact_of(publisher), Node(location_of(key))
+        found = await self._fetch(contact, key, target, b"")
+        if found is not None and found.later_s:
+            await asyncio.sleep(found.later_s)
+            await self._fetch(contact, key, target, found.cursor)
+
+    async def _fetch(self, contact: Contact, key: bytes, target: Node, since: bytes) -> Found | None:
+        found = await self._protocol.call_find_value(contact, key, target, since)
         for record in () if found is None else found.records:
-            if record.publisher == publisher:
-                self._store.put(record, self._now(), self._group_of(publisher))
+            if record.publisher == contact.peer:
+                self._store.put(record, self._now(), self._group_of(contact.peer))
+        return found
 
     def _group_of(self, peer: PeerId) -> str:
         connection = self._host.connection(peer)

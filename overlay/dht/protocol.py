@@ -6,9 +6,10 @@ What is kept and who is known belongs to the node; this file asks it through `Dh
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -20,12 +21,22 @@ from overlay.dht.pages import Page
 from overlay.dht.records import Record, decode_records, encode_records
 from overlay.dht.store import Put
 from overlay.dht.table import Contact, group_of, node_id_of
-from overlay.errors import DialError, InvalidAddress, PeerdError, ProtocolRefused, ProtocolViolation
+from overlay.dht.under_way import AnswersUnderWay
+from overlay.errors import (
+    ConnectionLost,
+    DialError,
+    InvalidAddress,
+    PeerdError,
+    ProtocolRefused,
+    ProtocolViolation,
+    StreamReset,
+)
 from overlay.host import Host
 from overlay.identity import PEER_ID_BYTES_MAX, PeerId, decode_address_or_none
 from overlay.multiaddr import ADDRESSES_CACHED, Multiaddr
 from overlay.rpc.types import Message, Part
 from overlay.rpc.unary import call, serve_unary
+from overlay.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +80,8 @@ class DhtProtocol:
         self._exempt_private = exempt_private
         self._told: tuple[tuple[Multiaddr, ...], list[bytes]] = ((), [])
         self._serves = False
+        self._under_way = AnswersUnderWay()
+        self._now = host.ports.clock.now
         self.calls = 0
         self.failures = 0
 
@@ -85,6 +98,7 @@ class DhtProtocol:
                 "store": self._answer_store,
             },
             message_bytes_max=limits.MESSAGE_BYTES_MAX,
+            written=self._see_it_arrive,
         )
 
     # --- answers ---
@@ -109,14 +123,13 @@ class DhtProtocol:
         self._heard_from(peer, request)
         since = request.header.get("since")
         page = self._peer.page_of(key, since if isinstance(since, bytes) else None, _fingerprints(request))
-        header = {
-            "nodes": self._describe(target, peer, _count_of(request)),
-            "cursor": page.cursor.encode(),
-            "left": page.left_s,
-            "more": page.more,
-            "lacks": page.lacks,
-        }
-        return Message("value", header, (_records_part(encode_records(page.records)),))
+        records = encode_records(page.records)
+        header: dict[str, Any] = {"nodes": self._describe(target, peer, _count_of(request))}
+        later_s = self._under_way.wait_s(self._asker(peer), len(records), self._now())
+        if later_s:
+            return Message("value", {**header, "later": later_s}, (_records_part(encode_records(())),))
+        header |= {"cursor": page.cursor.encode(), "left": page.left_s, "more": page.more, "lacks": page.lacks}
+        return Message("value", header, (_records_part(records),))
 
     async def _answer_store(self, peer: PeerId, request: Message) -> Message:
         self._heard_from(peer, request)
@@ -127,6 +140,40 @@ class DhtProtocol:
         if isinstance(target, bytes) and len(target) == limits.ID_BYTES:
             header["nodes"] = self._describe(target, peer, _count_of(request))
         return Message("stored", header)
+
+    def _asker(self, peer: PeerId) -> bytes:
+        """Who shares a part of what may be under way: a peer's address group, or the peer where groups mean nothing."""
+        connection = self._host.connection(peer)
+        remote = None if connection is None else connection.remote_address
+        return group_of(remote, exempt_private=self._exempt_private).encode() or peer.multihash
+
+    async def _see_it_arrive(self, stream: Stream, answer: Message) -> None:
+        """A long answer is under way until its asker has it, or what the socket took of it has gone."""
+        size_bytes = sum(part.size_bytes for part in answer.parts)
+        if size_bytes < limits.LONG_ANSWER_BYTES:
+            return
+        serial = self._under_way.began(self._asker(stream.remote_peer), size_bytes, self._now())
+        has_arrived = False
+        try:
+            was_sent = await self._send_all(stream)
+            async with asyncio.timeout(limits.UNDER_WAY_LIFE_S):
+                await stream.connection.wait_arrived()
+            has_arrived = was_sent
+        except (TimeoutError, ConnectionLost):
+            log.debug("it isn't known whether an answer has arrived at %s", stream.remote_peer.short)
+        finally:
+            self._under_way.ended(serial, self._now(), has_arrived=has_arrived)
+
+    async def _send_all(self, stream: Stream) -> bool:
+        """Whether the socket took all of it while somebody waited for it."""
+        try:
+            async with asyncio.timeout(limits.ANSWER_LIFE_S):
+                await stream.wait_sent()
+        except TimeoutError:
+            stream.reset("timed-out")
+        except StreamReset:
+            log.debug("%s gave up an answer that was on its way", stream.remote_peer.short)
+        return stream.error is None
 
     def stop(self) -> None:
         """Answer no more, and say so by naming no address."""
@@ -142,6 +189,11 @@ class DhtProtocol:
     ) -> list[tuple[bytes, tuple[bytes, ...]]]:
         near = self._peer.closest(Node(target), asker)[:count]
         return [(contact.peer.multihash, _written(contact)) for contact in near]
+
+    @property
+    def put_off(self) -> int:
+        """How many askers were told to ask again later."""
+        return self._under_way.put_off
 
     # --- calls ---
 
@@ -165,7 +217,8 @@ class DhtProtocol:
     ) -> Found | None:
         """What the peer has under ``key`` after the cursor ``since``, page by page, and the ``near`` nodes nearest to it.
 
-        It tells nothing of records whose fingerprints are ``known``, except which of them it lacks.
+        It tells nothing of records whose fingerprints are ``known``, except which of them it lacks. Where it says to ask later it has
+        told no more than the pages before that.
         """
         parts = (_bytes_part(KNOWN_PART, b"".join(known)),) if known else ()
         found: Found | None = None
@@ -179,6 +232,8 @@ class DhtProtocol:
             except ProtocolViolation as error:
                 self._peer.call_ended(contact, error)
                 break
+            if page.later_s:
+                return page if found is None else replace(found, later_s=page.later_s)
             found = page if found is None else _together(found, page)
             if answer.header.get("more") is not True or not page.cursor or page.cursor == since:
                 break
@@ -201,6 +256,7 @@ class DhtProtocol:
             tuple(_life_of(record, life) for record, life in good),
             cursor if isinstance(cursor, bytes) and len(cursor) <= limits.CURSOR_BYTES_MAX else b"",
             _places(lacks, known),
+            _later_of(answer.header),
         )
 
     async def call_store(self, contact: Contact, records: Sequence[Record], near: Node | None = None) -> Stored | None:
@@ -334,6 +390,14 @@ def _count_of(request: Message) -> int:
     """How many nodes an asker wants to be named."""
     count = request.header.get("count")
     return count if type(count) is int and 0 <= count <= limits.KSIZE else limits.KSIZE
+
+
+def _later_of(header: Mapping[str, Any]) -> float:
+    """When to ask again, of an answer that says so."""
+    later = header.get("later")
+    if isinstance(later, bool) or not isinstance(later, int | float) or not later > 0:
+        return 0.0
+    return float(max(limits.LATER_MIN_S, min(later, limits.LATER_MAX_S)))
 
 
 def _life_of(record: Record, left: object) -> float:

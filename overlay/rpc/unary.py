@@ -59,8 +59,12 @@ def serve_unary(
     *,
     priority: Priority = Priority.CONTROL,
     message_bytes_max: int = limits.MESSAGE_BYTES_MAX,
+    written: Callable[[Stream, Message], Awaitable[None]] | None = None,
 ) -> None:
-    """Answer calls of ``protocol``; at most `CALLS_PER_PEER_MAX` at once from one peer."""
+    """Answer calls of ``protocol``; at most `CALLS_PER_PEER_MAX` at once from one peer.
+
+    ``written`` is called with each answer in the same turn of the loop in which its handler returned, and may see it arrive.
+    """
 
     async def handle(stream: Stream) -> None:
         channel = MessageChannel(stream, host.identity, message_bytes_max=message_bytes_max)
@@ -74,7 +78,10 @@ def serve_unary(
         )
         answer = await _answer(methods.get(request.kind), stream.remote_peer, request, budget_s)
         fresh = Message(answer.kind, {**answer.header, "nonce": nonce}, answer.parts)
-        await channel.send_and_drain(fresh, end=True, close=True)
+        channel.send(fresh, end=True, close=True)
+        if written is not None:
+            await written(stream, answer)
+        await stream.drain()
 
     host.serve(protocol, handle, max_inbound_per_peer=limits.CALLS_PER_PEER_MAX, priority=priority)
 

@@ -62,6 +62,14 @@ def test_liars_near_a_key_neither_store_nor_hide_anything() -> None:
     assert {name: outcome.numbers[name] for name in enough if outcome.numbers[name] < enough[name]} == {}
 
 
+def test_holders_that_are_asked_for_more_than_their_uplinks_take_put_readers_off_and_all_of_them_read_all() -> None:
+    sizes: dict[str, Any] = {"publishers": 20, "value_bytes": 8000, "reads": 1, "settle_s": 3.0, "within_s": 0.3}
+    outcome = small("dht-busy-key", 27, **sizes)
+    assert_good(outcome, "records", "put_off")
+    assert outcome.numbers["records"] == 20
+    assert outcome.numbers["put_off"] >= 1
+
+
 def test_the_host_that_did_not_join_is_named_and_its_story_told() -> None:
     prepared = prepare(SCENARIOS / "dht-join.toml")
     hosts = {

@@ -152,6 +152,27 @@ def test_a_connection_with_a_stream_or_one_that_is_kept_is_not_left() -> None:
     run_hosts(2, scene)
 
 
+def test_a_connection_whose_bytes_are_awaited_is_not_left_though_it_carries_no_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(one: Host, two: Host) -> None:
+        monkeypatch.setattr(limits, "CONNECTIONS_EASY", 0)
+        connection, other = await joined(one, two)
+        assert other._transport is not None
+        other._transport.pause_reading()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(connection.wait_arrived())
+            await asyncio.sleep(0)
+            assert not connection.session.lanes
+            one.maintain(connection.last_received)
+            assert one.connection(two.peer_id) is connection
+            other._transport.resume_reading()
+        one.maintain(connection.last_received)
+        assert one.connection(two.peer_id) is None
+
+    run_hosts(2, scene)
+
+
 def test_only_connections_in_use_or_kept_are_pinged() -> None:
     async def scene(one: Host, two: Host) -> None:
         connection, _ = await joined(one, two)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from kademlia.node import Node
 
 from overlay import limits as overlay_limits
 from overlay.dht import limits
+from overlay.dht.lookup import Found
 from overlay.dht.node import Dht, DhtConfig
 from overlay.dht.protocol import DHT, _contact
-from overlay.dht.records import encode_records, seal_record
+from overlay.dht.records import Record, encode_records, location_of, seal_record
 from overlay.dht.store import RecordStore
 from overlay.dht.table import Contact
 from overlay.errors import DialError
@@ -34,6 +36,28 @@ class Standing:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class Pages:
+    """A holder that gives these answers, one after the other: what is in each besides records, and the records."""
+
+    def __init__(self, pages: list[tuple[dict[str, Any], list[Record]]]) -> None:
+        self._pages = pages
+        self.since: list[object] = []
+        """After which cursors it was asked."""
+
+    async def _answer(self, peer: PeerId, request: Message) -> Message:
+        header, records = self._pages[len(self.since)]
+        self.since.append(request.header.get("since"))
+        packed = encode_records(records)
+        return Message("value", {"nodes": [], **header}, (Part("records", "uint8", (len(packed),), packed),))
+
+    async def asked_by(self, nodes: list[Dht], hosts: list[Host]) -> Found:
+        """What the second node reads when the first answers so."""
+        serve_unary(hosts[0], DHT, {"find_value": self._answer})
+        found = await nodes[1]._protocol.call_find_value(Contact(hosts[0].peer_id), KEY, Node(location_of(KEY)))
+        assert found is not None
+        return found
 
 
 NOBODY_AT = Multiaddr.parse("/ip4/127.0.0.1/tcp/9").encode()
@@ -290,3 +314,66 @@ def test_a_node_that_serves_no_more_names_no_address() -> None:
     run_nodes(2, scene)
     assert heard[0]
     assert heard[1] is None
+
+
+@pytest.mark.parametrize(
+    ("later", "wanted_s"),
+    [
+        (1, 1.0),
+        (1.25, 1.25),
+        (1e9, limits.LATER_MAX_S),
+        (2**63, limits.LATER_MAX_S),
+        (float("inf"), limits.LATER_MAX_S),
+        (1e-9, limits.LATER_MIN_S),
+        (float("nan"), 0.0),
+        (float("-inf"), 0.0),
+        (-1, 0.0),
+        (0, 0.0),
+        (True, 0.0),
+        ("2", 0.0),
+        (b"2", 0.0),
+        ([2], 0.0),
+        (None, 0.0),
+    ],
+    ids=repr,
+)
+def test_when_a_holder_says_to_be_asked_again_is_neither_at_once_nor_in_a_year(later: object, wanted_s: float) -> None:
+    record = seal_record(identity(50), KEY, b"a", 1, 60, b"told")
+    holder = Pages([({"later": later}, [record])])
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        found = await holder.asked_by(nodes, hosts)
+        assert found.later_s == wanted_s
+        assert found.records == (record,)
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_a_holder_that_says_later_is_asked_for_no_other_page_whatever_else_it_says() -> None:
+    records = [seal_record(identity(50), KEY, bytes([number]), 1, 60, b"told") for number in range(2)]
+    holder = Pages([({"later": 1.0, "cursor": b"1", "more": True}, records[:1]), ({"cursor": b"2"}, records[1:])])
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        found = await holder.asked_by(nodes, hosts)
+        assert holder.since == [b""]
+        assert (found.records, found.cursor, found.later_s) == (tuple(records[:1]), b"1", 1.0)
+
+    run_nodes(2, scene, clients=1)
+
+
+def test_of_a_holder_that_says_later_after_some_pages_those_pages_and_their_cursor_are_kept() -> None:
+    records = [seal_record(identity(50), KEY, bytes([number]), 1, 60, b"told") for number in range(3)]
+    pages = [
+        ({"cursor": b"1", "more": True}, records[:1]),
+        ({"cursor": b"2", "more": True}, records[1:2]),
+        ({"later": 1.0, "cursor": b"3", "more": True}, records[2:]),
+    ]
+    holder = Pages([*pages, ({"cursor": b"4"}, [])])
+
+    async def scene(nodes: list[Dht], hosts: list[Host]) -> None:
+        found = await holder.asked_by(nodes, hosts)
+        assert holder.since == [b"", b"1", b"2"]
+        assert (found.records, found.cursor, found.later_s) == (tuple(records[:2]), b"2", 1.0)
+        assert len(found.left_s) == len(found.records)
+
+    run_nodes(2, scene, clients=1)

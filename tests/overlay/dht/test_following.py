@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +33,7 @@ class Asked:
     known: int
     at: float
     ended: bool = False
+    told: int = 0
 
 
 class Holders:
@@ -42,6 +45,11 @@ class Holders:
         self.dead: dict[bytes, None] = {}
         self.slow: dict[bytes, None] = {}
         self.left_s: dict[bytes, float] = {}
+        self.busy_until: dict[bytes, float] = {}
+        """Who says to ask later, until which second of the scene."""
+        self.began = 0.0
+        self.page: int | None = None
+        """How many records a busy one tells before it says so; None where it tells nothing."""
         self.own: list[Record] = []
         self.asked: list[Asked] = []
         self.looked: list[tuple[int, float]] = []
@@ -61,7 +69,15 @@ class Holders:
         asked.ended = True
         held = self.held[contact.id]
         new = held[int.from_bytes(since, "big") :]
+        if self.time_s() < self.busy_until.get(contact.id, 0.0):
+            if self.page is None:
+                return Found((), later_s=limits.LATER_MIN_S)
+            first = [record for record in new if record.fingerprint not in known][: self.page]
+            asked.told = len(first)
+            cursor = held.index(first[-1]) + 1
+            return replace(told(*first, cursor=cursor.to_bytes(4, "big")), later_s=limits.LATER_MIN_S)
         unknown = [record for record in new if record.fingerprint not in known]
+        asked.told = len(unknown)
         found = told(*unknown, cursor=len(held).to_bytes(4, "big"), left_s=self.left_s.get(contact.id))
         return replace(found, lacks=() if since else lacks(known, [record.fingerprint for record in held]))
 
@@ -70,6 +86,10 @@ class Holders:
 
     def correct(self, contact: Contact, records: Sequence[Record]) -> None:
         self.corrected.append((contact, list(records)))
+
+    def time_s(self) -> float:
+        """Of the scene."""
+        return asyncio.get_running_loop().time() - self.began
 
     def names(self) -> list[int]:
         """Who was asked since the last time, by number."""
@@ -80,6 +100,7 @@ class Holders:
 def following(holders: Holders, scene: Callable[[FollowedKey], Awaitable[None]], salt: bytes = b"salt") -> None:
     async def main() -> None:
         async with asyncio.timeout(3600):
+            holders.began = asyncio.get_running_loop().time()
             await scene(FollowedKey(KEY, holders, salt, asyncio.get_running_loop().time))
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -191,6 +212,23 @@ def test_where_much_is_known_one_is_asked_first_and_the_others_for_what_it_did_n
             began = holders.asked[0].at
             assert [asked.at - began < ANSWER_S / 2 for asked in holders.asked].count(True) == firsts
             assert len(holders.asked) == limits.READ_HOLDERS
+
+    following(holders, scene)
+
+
+def test_while_each_tells_much_that_the_others_lacked_they_are_asked_one_after_the_other() -> None:
+    """Where a network grows no holder has everything; asked at once, each of the others would tell all that the first lacked."""
+    many = [sealed(number) for number in range(4 * limits.MUCH_TOLD_RECORDS)]
+    holders = Holders(records=many)
+    first, second = order_of(b"salt")[:2]
+    holders.held[CONTACTS[first].id] = many[: -limits.MUCH_TOLD_RECORDS]
+
+    async def scene(followed: FollowedKey) -> None:
+        assert len(await followed.read()) == len(many)
+        assert [asked.told for asked in holders.asked] == [3 * limits.MUCH_TOLD_RECORDS, limits.MUCH_TOLD_RECORDS, 0, 0]
+        began = [round((asked.at - holders.asked[0].at) / ANSWER_S) for asked in holders.asked]
+        assert began == [0, 1, 2, 3]
+        assert holders.names()[:2] == [first, second]
 
     following(holders, scene)
 
@@ -410,5 +448,120 @@ def test_a_flood_by_a_holder_that_is_asked_later_crowds_out_nothing_that_several
     async def scene(followed: FollowedKey) -> None:
         found = await followed.read()
         assert sum(record.subkey >= (1_000_000).to_bytes(4, "big") for record in found) == len(real)
+
+    following(holders, scene)
+
+
+# --- holders that say later ---
+
+
+def test_who_says_later_is_replaced_at_once_and_asked_with_the_next_read() -> None:
+    holders = Holders(records=[sealed(1), sealed(2)])
+    order = order_of(b"salt")
+    holders.busy_until[CONTACTS[order[0]].id] = 1.0
+
+    async def scene(followed: FollowedKey) -> None:
+        assert len(await followed.read()) == 2
+        assert followed.answers == limits.READ_HOLDERS
+        assert holders.time_s() < limits.LATER_MIN_S, "nobody waited for it"
+        assert holders.names() == order[: limits.READ_HOLDERS + 1]
+        await followed.read()
+        assert order[0] not in holders.names(), "its time isn't over"
+        await asyncio.sleep(1.0)
+        await followed.read()
+        assert holders.names() == order[: limits.READ_HOLDERS]
+
+    following(holders, scene)
+
+
+def test_where_all_say_later_they_are_asked_again_each_time_after_twice_as_long_and_nobody_is_told_of_it() -> None:
+    holders = Holders(records=[sealed()])
+    holders.busy_until = {contact.id: 3.0 for contact in CONTACTS}
+
+    async def scene(followed: FollowedKey) -> None:
+        assert await followed.read() == (sealed(),)
+        assert followed.answers == limits.READ_HOLDERS
+        assert 3.0 < holders.time_s() < 3.0 + limits.LATER_MAX_S
+        first = [round(asked.at, 1) for asked in holders.asked if asked.contact == holders.asked[0].contact]
+        assert [round(then - before, 1) for before, then in itertools.pairwise(first)] == pytest.approx(
+            [ANSWER_S + wait_s for wait_s in (0.5, 1.0, 2.0)], abs=0.1
+        )
+
+    following(holders, scene)
+
+
+def test_those_that_say_later_for_ever_hold_a_read_up_no_longer_than_a_lookup_takes() -> None:
+    holders = Holders(records=[sealed()])
+    holders.busy_until = {contact.id: float("inf") for contact in CONTACTS}
+
+    async def scene(followed: FollowedKey) -> None:
+        assert await followed.read() == ()
+        assert followed.answers == 0
+        assert holders.time_s() == pytest.approx(limits.LOOKUP_S, abs=0.1)
+        asked = Counter(asked.contact.id for asked in holders.asked)
+        assert max(asked.values()) <= 2 + limits.LOOKUP_S / limits.LATER_MAX_S
+
+    following(holders, scene)
+
+
+def test_the_empty_words_of_one_that_has_nothing_do_not_stand_for_those_that_say_later() -> None:
+    """In a network that begins, the few that have been near a key for long have everything, and much to send."""
+    holders = Holders()
+    full = order_of(b"salt")[0]
+    holders.held[CONTACTS[full].id].append(sealed())
+    holders.busy_until[CONTACTS[full].id] = limits.LATER_WAITED_S - 1.0
+
+    async def scene(followed: FollowedKey) -> None:
+        assert await followed.read() == (sealed(),)
+
+    following(holders, scene)
+
+
+def test_where_something_is_known_nobody_waits_for_those_that_say_later() -> None:
+    holders = Holders(records=[sealed()])
+    holders.busy_until = {contact.id: float("inf") for contact in holders.nearest[1:]}
+
+    async def scene(followed: FollowedKey) -> None:
+        assert await followed.read() == (sealed(),)
+        assert followed.answers == 1
+        assert holders.time_s() < limits.LATER_MIN_S
+
+    following(holders, scene)
+
+
+def test_what_a_holder_told_before_it_said_later_counts_and_the_rest_is_asked_of_others_and_then_of_it() -> None:
+    many = [sealed(number) for number in range(6)]
+    holders = Holders(records=many)
+    holders.page = 2
+    first = order_of(b"salt")[0]
+    holders.busy_until[CONTACTS[first].id] = 0.4
+
+    async def scene(followed: FollowedKey) -> None:
+        assert len(await followed.read()) == len(many)
+        asked = holders.asked[: limits.READ_HOLDERS + 1]
+        assert [(entry.known, entry.told) for entry in asked] == [(0, 2), (2, 4), (6, 0), (6, 0), (6, 0)]
+        await asyncio.sleep(limits.LATER_MAX_S)
+        holders.asked.clear()
+        await followed.read()
+        again = next(entry for entry in holders.asked if entry.contact == CONTACTS[first])
+        assert (again.since, again.known, again.told) == ((2).to_bytes(4, "big"), len(many), 0), (
+            "it hears what is known"
+        )
+
+    following(holders, scene)
+
+
+def test_a_holder_that_says_later_keeps_its_cursor() -> None:
+    holders = Holders(records=[sealed(1)])
+    first = order_of(b"salt")[0]
+
+    async def scene(followed: FollowedKey) -> None:
+        await followed.read()
+        holders.busy_until[CONTACTS[first].id] = 5.0
+        await followed.read()
+        await asyncio.sleep(10.0)
+        holders.asked.clear()
+        await followed.read()
+        assert {asked.since for asked in holders.asked} == {(1).to_bytes(4, "big")}
 
     following(holders, scene)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
+import pytest
 from kademlia.node import Node
 
 from netsim.loop import run
@@ -35,7 +37,7 @@ class Crowd:
         await asyncio.sleep(self._slow_s)
         return Found(tuple(self.contacts[: limits.KSIZE]))
 
-    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node, since: bytes = b"") -> Found | None:
         raise AssertionError("nobody looks for values here")
 
 
@@ -48,7 +50,7 @@ class Clique(Crowd):
         self.closed = self.contacts[limits.KSIZE :][:closed]
         self.record = seal_record(identity(1), KEY, b"a", 1, 60, b"held")
 
-    async def call_find_value(self, contact: Contact, key: bytes, target: Node) -> Found | None:
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node, since: bytes = b"") -> Found | None:
         await asyncio.sleep(ANSWER_S)
         if contact in self.closed:
             return Found(tuple(self.closed[: limits.KSIZE]))
@@ -63,6 +65,43 @@ def valued(clique: Clique) -> ValueLookup:
         return lookup
 
     return run(main())
+
+
+class BusyCrowd(Crowd):
+    """All know all and the first ``holding`` hold a record, but who is among ``busy`` says so often to be asked ``later_s`` later."""
+
+    def __init__(self, count: int, busy: dict[int, int], later_s: float, *, holding: int) -> None:
+        super().__init__(count)
+        self.busy = [self.contacts[place] for place in busy]
+        self.record = seal_record(identity(1), KEY, b"a", 1, 60, b"held")
+        self.asked: list[tuple[Contact, float]] = []
+        self._holders = self.contacts[:holding]
+        self._left = {self.contacts[place].id: times for place, times in busy.items()}
+        self._later_s = later_s
+
+    async def call_find_value(self, contact: Contact, key: bytes, target: Node, since: bytes = b"") -> Found | None:
+        self.asked.append((contact, asyncio.get_running_loop().time()))
+        if contact.id in self.dead:
+            await asyncio.sleep(RPC_S)
+            return None
+        await asyncio.sleep(ANSWER_S)
+        near = tuple(self.contacts[: limits.KSIZE])
+        if self._left.get(contact.id, 0):
+            self._left[contact.id] -= 1
+            return Found(near, later_s=self._later_s)
+        return Found(near, (self.record,) if contact in self._holders else ())
+
+    def looked_up(self, start: list[Contact]) -> ValueLookup:
+        async def main() -> ValueLookup:
+            lookup = ValueLookup(self, KEY, TARGET, start, limits.KSIZE, b"own")
+            await lookup.find()
+            return lookup
+
+        return run(main())
+
+    def asked_at(self, contact: Contact) -> list[float]:
+        """In seconds after the first question to anybody."""
+        return [at - self.asked[0][1] for asked, at in self.asked if asked is contact]
 
 
 def looked(
@@ -138,3 +177,71 @@ def test_a_look_for_fewer_than_k_asks_the_nearest_alone_and_those_on_the_way() -
         return lookup
 
     assert run(main()).requests == 7 + 3
+
+
+def test_who_says_later_is_asked_again_after_that_time_and_its_records_count() -> None:
+    crowd = BusyCrowd(1, {0: 2}, 0.6, holding=1)
+    (busy,) = crowd.busy
+    lookup = crowd.looked_up([busy])
+    assert crowd.asked_at(busy) == pytest.approx([0.0, ANSWER_S + 0.6, 2 * (ANSWER_S + 0.6)])
+    assert [record.value for record in lookup.merged.values()] == [b"held"]
+    assert list(lookup.answered) == [busy.id]
+    assert lookup.requests == 1
+
+
+def test_whom_one_names_that_says_later_are_asked_before_it_is_asked_again() -> None:
+    crowd = BusyCrowd(6, {5: 1}, limits.LATER_MAX_S, holding=3)
+    crowd.looked_up(crowd.busy)
+    assert [contact for contact, _ in crowd.asked[:5]] == [*crowd.busy, *crowd.contacts[:4]]
+
+
+def test_whom_one_names_that_says_later_are_asked_at_once() -> None:
+    crowd = BusyCrowd(6, {5: 1}, limits.LATER_MAX_S, holding=3)
+    crowd.looked_up(crowd.busy)
+    assert [crowd.asked_at(contact) for contact in crowd.contacts[:4]] == [pytest.approx([ANSWER_S])] * 4
+
+
+def test_among_many_nobody_who_says_later_is_waited_for_nor_passed_over_as_one_who_is_silent() -> None:
+    crowd = BusyCrowd(40, {0: 99, 3: 99}, limits.LATER_MIN_S, holding=20)
+    crowd.dead[crowd.contacts[1].id] = None
+    lookup = crowd.looked_up(crowd.contacts[-3:])
+    assert lookup.merged
+    assert lookup.report.took_s < RPC_S
+    assert [contact for contact in crowd.busy if contact.id in lookup.answered] == []
+    assert lookup.passed_over() == [crowd.contacts[1]]
+
+
+def test_how_long_one_who_says_later_took_makes_nobody_patient() -> None:
+    crowd = BusyCrowd(8, dict.fromkeys(range(5), 1), 0.5, holding=0)
+    lookup = crowd.looked_up(crowd.contacts)
+    assert all(contact.id in lookup.answered for contact in crowd.busy)
+    assert lookup.patience_s == pytest.approx(limits.PATIENCE_TIMES_MEDIAN * ANSWER_S)
+
+
+def test_a_crowd_that_says_later_for_ever_ends_a_look_with_nothing_and_in_time() -> None:
+    crowd = BusyCrowd(limits.KSIZE, dict.fromkeys(range(limits.KSIZE), 10**6), limits.LATER_MIN_S, holding=limits.KSIZE)
+    lookup = crowd.looked_up(crowd.contacts)
+    assert lookup.merged == {}
+    assert lookup.report.took_s <= limits.LOOKUP_S
+    assert lookup.passed_over() == []
+
+
+def test_what_one_told_before_it_said_later_counts_and_is_not_asked_for_again() -> None:
+    class PagedCrowd(BusyCrowd):
+        async def call_find_value(self, contact: Contact, key: bytes, target: Node, since: bytes = b"") -> Found | None:
+            found = await super().call_find_value(contact, key, target, since)
+            assert found is not None
+            if found.later_s:
+                return replace(found, records=(self.record,), left_s=(60.0,), cursor=b"after the first")
+            return replace(found, records=() if since == b"after the first" else found.records)
+
+    crowd = PagedCrowd(1, {0: 1}, limits.LATER_MIN_S, holding=1)
+    lookup = crowd.looked_up(crowd.busy)
+    assert [record.value for record in lookup.merged.values()] == [b"held"]
+    assert lookup.corrections() == []
+
+
+def test_a_key_is_not_absent_because_the_only_one_who_holds_its_record_says_later() -> None:
+    crowd = BusyCrowd(limits.KSIZE // 2, {0: 1}, limits.LATER_MAX_S, holding=1)
+    lookup = crowd.looked_up(crowd.contacts)
+    assert [record.value for record in lookup.merged.values()] == [b"held"]

@@ -156,7 +156,7 @@ class Crowd:
         await asyncio.sleep(0)
         return Found(tuple(heapq.nsmallest(20, self.members, key=target.distance_to)))
 
-    async def call_find_value(self, asked: Contact, key: bytes, target: Node) -> Found | None:
+    async def call_find_value(self, asked: Contact, key: bytes, target: Node, since: bytes = b"") -> Found | None:
         return await self.call_find_node(asked, target)
 
 
