@@ -21,7 +21,10 @@ from overlay.rpc.channel import MessageChannel
 from overlay.rpc.types import Message
 from overlay.stream import Priority
 
-LANE_OPEN_TIMEOUT_S = 8.0
+LANE_OPEN_TIMEOUT_S = 3.0
+"""Of a session's first try with a peer: a lost packet of TCP's handshake and some round trips. Others serve the same blocks ..."""
+LANE_OPEN_TIMEOUT_MAX_S = 8.0
+"""... and where none does, each further try is given twice as long, up to this."""
 LANE_QUEUE_MESSAGES = 4096
 CONTROL, DATA = "control", "data"
 
@@ -57,9 +60,10 @@ class _RemoteLane:
                 DATA_PROTOCOL if is_data else SESSION_PROTOCOL,
                 addresses=[Multiaddr.parse(address) for address in self._addresses],
                 priority=Priority.DECODE if is_data else Priority.CONTROL,
-                timeout_s=LANE_OPEN_TIMEOUT_S,
+                timeout_s=self._lanes.open_timeout_s(self._peer),
             )
         except PeerdError as error:
+            self._lanes.open_failed(self._peer)
             self._lost(error)
             return
         channel = self._channel = MessageChannel(stream, host.identity)
@@ -144,6 +148,16 @@ class Lanes:
         self.ears = ears
         self.self_peer = host.peer_id.multihash
         self._lanes: dict[tuple[Epoch, str, int], _RemoteLane | _LocalLane] = {}
+        self._failed_opens: dict[bytes, int] = {}
+
+    def open_timeout_s(self, peer: bytes) -> float:
+        """How long a lane to ``peer`` may take to open."""
+        doubled = min(self._failed_opens.get(peer, 0), 8)
+        return min(LANE_OPEN_TIMEOUT_S * (1 << doubled), LANE_OPEN_TIMEOUT_MAX_S)
+
+    def open_failed(self, peer: bytes) -> None:
+        """A lane to ``peer`` didn't open."""
+        self._failed_opens[peer] = self._failed_opens.get(peer, 0) + 1
 
     def open(self, command: OpenHop) -> None:
         """Open the control lane to a hop, and the data lane to the first."""

@@ -74,10 +74,10 @@ def test_only_a_server_that_has_a_call_is_struck_and_every_kind_before_any_again
 
 
 def test_an_answer_that_is_long_on_its_way_is_no_silence() -> None:
-    """A 2 MiB answer over 2 Mbit/s takes 8 s, in which its server can say nothing else: no call is lost by that."""
-    told = of_few_hosts("call-loss", batches=1, strikes=(), rows=(4, 4), tokens=(128, 128), prompts=0.0)
+    """A 1 MiB answer over 1 Mbit/s takes 8 s, in which its server can say nothing else: no call is lost by that."""
+    told = of_few_hosts("call-loss", batches=1, strikes=(), rows=(4, 4), tokens=(64, 64), prompts=0.0)
     wide = {name: replace(settings, width=1024) for name, settings in told.group_settings.items()}
-    links = replace(told.scenario.links, uplink_mbit=(2.0,), loss=0.0)
+    links = replace(told.scenario.links, uplink_mbit=(1.0,), loss=0.0)
     outcome = run_seed(replace(told, scenario=replace(told.scenario, links=links), group_settings=wide), 1)
     assert outcome.failures == (), outcome.replay
     assert outcome.numbers["batches.done"] == 1
