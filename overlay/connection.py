@@ -330,7 +330,7 @@ class Connection(asyncio.BufferedProtocol):
             waiting.set_result(None)
 
     async def wait_arrived(self) -> None:
-        """Until all that was written by now has arrived at the peer's mux: a mark behind it was echoed.
+        """Until all that the socket has been given by now has arrived at the peer's mux: a mark behind it was echoed.
 
         Raises ConnectionLost. Cancel-safe.
         """

@@ -13,7 +13,7 @@ from typing import Protocol
 from blocks.protocol.commands import CloseHops, OpenHop
 from blocks.protocol.messages import Epoch
 from blocks.service import DATA_PROTOCOL, SESSION_PROTOCOL, SpanService
-from overlay.errors import LimitExceeded, PeerdError, StreamClosed
+from overlay.errors import LimitExceeded, PeerdError, StreamClosed, TimedOut
 from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.multiaddr import Multiaddr
@@ -63,7 +63,8 @@ class _RemoteLane:
                 timeout_s=self._lanes.open_timeout_s(self._peer),
             )
         except PeerdError as error:
-            self._lanes.open_failed(self._peer)
+            if isinstance(error, TimedOut):
+                self._lanes.open_timed_out(self._peer)
             self._lost(error)
             return
         channel = self._channel = MessageChannel(stream, host.identity)
@@ -148,16 +149,16 @@ class Lanes:
         self.ears = ears
         self.self_peer = host.peer_id.multihash
         self._lanes: dict[tuple[Epoch, str, int], _RemoteLane | _LocalLane] = {}
-        self._failed_opens: dict[bytes, int] = {}
+        self._timed_out: dict[bytes, int] = {}
 
     def open_timeout_s(self, peer: bytes) -> float:
         """How long a lane to ``peer`` may take to open."""
-        doubled = min(self._failed_opens.get(peer, 0), 8)
+        doubled = min(self._timed_out.get(peer, 0), 8)
         return min(LANE_OPEN_TIMEOUT_S * (1 << doubled), LANE_OPEN_TIMEOUT_MAX_S)
 
-    def open_failed(self, peer: bytes) -> None:
-        """A lane to ``peer`` didn't open."""
-        self._failed_opens[peer] = self._failed_opens.get(peer, 0) + 1
+    def open_timed_out(self, peer: bytes) -> None:
+        """``peer`` had its time; whom this session tries in vain is soon known, and so bounded."""
+        self._timed_out[peer] = self._timed_out.get(peer, 0) + 1
 
     def open(self, command: OpenHop) -> None:
         """Open the control lane to a hop, and the data lane to the first."""

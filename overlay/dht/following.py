@@ -15,7 +15,7 @@ from typing import Protocol
 from kademlia.node import Node
 
 from overlay.dht import limits
-from overlay.dht.lookup import Found, patience_of
+from overlay.dht.lookup import Found, later_after, patience_of
 from overlay.dht.records import Record, RecordName, location_of, merge
 from overlay.dht.table import Contact
 
@@ -176,11 +176,11 @@ class FollowedKey:
         self._turn = 0
         self._turned = now()
         self._later: dict[bytes, _Later] = {}
-        self._began = now()
+        self._began = self._waits_until = now()
         self._told_records = 0
         """By all answers so far, known ones among them."""
         self.answers = 0
-        """How many holders answered the last read."""
+        """How many answers the last read got."""
 
     async def read(self, *, thorough: bool = False) -> tuple[Record, ...]:
         """Live records: verified, merged, in a fixed order; ours and those this node holds are among them. Cancel-safe.
@@ -196,6 +196,7 @@ class FollowedKey:
             self._later = {contact.id: self._later[contact.id] for contact in holders if contact.id in self._later}
             wanted = limits.READ_HOLDERS_THOROUGH if thorough else limits.READ_HOLDERS
             self.answers, self._began = 0, self._now()
+            self._waits_until = self._began + limits.LATER_WAITED_S
             await self._ask_in_turn(self._order(holders), wanted)
             if self.answers and not self._known.live(self._now()):
                 await self._ask_all(fresh_s)
@@ -215,8 +216,8 @@ class FollowedKey:
     async def _ask_all(self, fresh_s: float) -> None:
         """Before a key is said to have no records: the nearest few may know only each other."""
         holders = await self._asker.nearest_to(self._target, limits.KSIZE, fresh_s=fresh_s)
-        self.answers, self._began = 0, self._now()
-        await self._ask(self._order(holders), len(holders))
+        self._began = self._now()
+        await self._ask(self._order(holders), self.answers + len(holders))
 
     def _merged(self) -> tuple[Record, ...]:
         merged: dict[RecordName, Record] = {}
@@ -258,6 +259,7 @@ class FollowedKey:
                             return
                         turns = [began + patience_s for began in running.values() if began + patience_s > now]
                         turns += [until for contact in waiting if (until := self._later_until(contact)) > now]
+                        turns += [self._waits_until] if self.answers and self._waits_until > now else []
                         turn_s = max(min(turns) - now, 0.001) if turns and waiting else None
                         if not running:
                             await asyncio.sleep(turn_s or 0.0)
@@ -276,9 +278,7 @@ class FollowedKey:
 
     def _waits(self, now: float) -> bool:
         """Whether those that said later are waited for: while nobody answered, and for a while where nobody who did knew anything."""
-        if not self.answers:
-            return True
-        return now - self._began < limits.LATER_WAITED_S and not self._known.live(now)
+        return not self.answers or (now < self._waits_until and not self._known.live(now))
 
     def _later_until(self, contact: Contact) -> float:
         return self._later[contact.id].until if contact.id in self._later else float("-inf")
@@ -298,9 +298,8 @@ class FollowedKey:
             return False
         now = self._now()
         if found.later_s:
-            times = self._later[contact.id].times + 1 if contact.id in self._later else 0
-            wait_s = min(found.later_s * 2**times, limits.LATER_MAX_S)
-            self._later[contact.id] = _Later(now + wait_s, times)
+            times = self._later[contact.id].times if contact.id in self._later else 0
+            self._later[contact.id] = _Later(now + later_after(found.later_s, times), times + 1)
             waiting.append(contact)
             if not found.cursor:
                 return None

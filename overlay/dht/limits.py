@@ -101,21 +101,24 @@ UNDER_WAY_BYTES = 512 << 10
 UNDER_WAY_S = 0.75
 """... or what arrives within so long, where that is more: askers ask somebody else after a second."""
 ARRIVED_LATELY_S = 1.0
+ARRIVES_BYTES_PER_S = 512e3
+"""That much is taken to arrive before anything did."""
 LONG_ANSWERS_MAX = 24
-"""Each keeps a connection: with those that are held easily they are fewer than `CONNECTIONS_IDLE_MAX`."""
+"""Each keeps a connection."""
 LONG_ANSWERS_PER_ASKER = 6
 """A peer, or all of one address group."""
 LONG_ANSWER_EVERY_S = 0.5
-"""One goes after so long without any, whatever is under way: askers that never take their answers silence nobody."""
+"""One goes after so long without any, whatever is under way: askers that never take their answers silence nobody. By that there are
+at most `UNDER_WAY_LIFE_S` / `LONG_ANSWER_EVERY_S` more."""
 ANSWER_LIFE_S = RPC_DIAL_TIMEOUT_S
 """Nobody waits longer for an answer: what is left of it then isn't sent."""
 UNDER_WAY_LIFE_S = 10.0
-"""What the socket has taken of an answer counts for so long at most."""
+"""An answer counts for so long at most."""
 LATER_MIN_S = 0.5
 LATER_MAX_S = 2.0
 """A holder that has no room for an answer says when to ask again, within these; an asker waits twice as long each time in a row."""
-LATER_WAITED_S = 3.0
-"""Where somebody answered, but knew nothing, those that said later are waited for so long."""
+LATER_WAITED_S = 4.0
+"""Where somebody answered, but knew nothing, those that said later are waited for so long: three more questions to each."""
 
 # --- upkeep ---
 UPKEEP_S = 1.0

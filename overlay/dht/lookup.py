@@ -54,6 +54,11 @@ def patience_of(waited_s: Sequence[float]) -> float:
     return min(limits.PATIENCE_MAX_S, max(limits.PATIENCE_MIN_S, limits.PATIENCE_TIMES_MEDIAN * median(waited_s)))
 
 
+def later_after(later_s: float, times: int) -> float:
+    """How long to wait for a holder that says ``later_s``, having said so ``times`` times before, without telling anything in between."""
+    return min(later_s * (1 << min(times, 2)), limits.LATER_MAX_S)
+
+
 class LookupProtocol(Protocol):
     """What a lookup asks with; None for no answer."""
 
@@ -90,8 +95,8 @@ class NodeLookup(SpiderCrawl):
         self._hops: dict[bytes, int] = dict.fromkeys(self.seen, 1)
         self._waited_s: list[float] = []
         self._late: dict[bytes, None] = {}
-        self._busy: dict[bytes, None] = {}
-        """Who said to ask later."""
+        self._busy: dict[bytes, int] = {}
+        """Who said to ask later, and how many times."""
 
     def begin_with(self, contact: Contact, found: Found) -> None:
         """What a contact answered before the lookup began: it isn't asked again."""
@@ -166,10 +171,15 @@ class NodeLookup(SpiderCrawl):
         """Note whose time is over; returns after how many seconds there may be more of them."""
         patience_s = self.patience_s
         left = [asked.at + patience_s - now for asked in running]
-        self._late = {asked.contact.id: None for asked, left_s in zip(running, left, strict=True) if left_s <= 0}
+        late = [asked for asked, left_s in zip(running, left, strict=True) if left_s <= 0 or self._is_busy(asked)]
+        self._late = {asked.contact.id: None for asked in late}
         waits = [left_s for left_s in left if left_s > 0]
         waits += [left_s + patience_s for left_s in left if -patience_s < left_s <= 0]
+        waits += [wait_s for asked in late if (wait_s := asked.at + limits.LATER_WAITED_S - now) > 0]
         return max(min(waits), 0.001) if waits else limits.LOOKUP_S
+
+    def _is_busy(self, asked: _Asked) -> bool:
+        return asked.contact.id in self._busy
 
     def _closest(self) -> list[Contact]:
         """The k closest, without those that keep us waiting."""
@@ -189,9 +199,10 @@ class NodeLookup(SpiderCrawl):
 
     def _ask_again(self, contact: Contact, found: Found) -> Coroutine[Any, Any, Found | None]:
         """Who says to ask later names others at once; meanwhile others are asked, as in place of any who is slow."""
-        self._busy[contact.id] = None
+        times = self._busy.get(contact.id, 0)
+        self._busy[contact.id] = times + 1
         self._told_of(contact, found.contacts)
-        return self._ask_later(contact, found.later_s)
+        return self._ask_later(contact, later_after(found.later_s, times))
 
     async def _ask_later(self, contact: Contact, later_s: float) -> Found | None:
         await asyncio.sleep(later_s)
@@ -256,7 +267,7 @@ class ValueLookup(NodeLookup):
     def _is_complete(self, running: Sequence[_Asked], now: float) -> bool:
         """While nobody knew anything, those that said later are waited for."""
         since = now - limits.LATER_WAITED_S
-        if not self.merged and any(asked.contact.id in self._busy and asked.at > since for asked in running):
+        if not self.merged and any(self._is_busy(asked) and asked.at > since for asked in running):
             return False
         return super()._is_complete(running, now)
 
@@ -278,7 +289,7 @@ class ValueLookup(NodeLookup):
         found = []
         for contact in self.nearest:
             held = self._held.get(contact.id)
-            if held is None:
+            if held is None or contact.id not in self.answered:
                 continue
             lacking = [record for name, record in self.merged.items() if held.get(name, -1) < record.sequence]
             if lacking:

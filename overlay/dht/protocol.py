@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 DHT = "/peerd/dht/1"
 RECORDS_PART = "records"
 KNOWN_PART = "known"
+LEAVING = b""
+"""For the share of what may be under way: all whose connection is being left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +125,9 @@ class DhtProtocol:
         self._heard_from(peer, request)
         since = request.header.get("since")
         page = self._peer.page_of(key, since if isinstance(since, bytes) else None, _fingerprints(request))
-        records = encode_records(page.records)
         header: dict[str, Any] = {"nodes": self._describe(target, peer, _count_of(request))}
-        later_s = self._under_way.wait_s(self._asker(peer), len(records), self._now())
+        records = encode_records(page.records)
+        later_s = self._under_way.later_s(self._asker(peer), len(records), self._now())
         if later_s:
             return Message("value", {**header, "later": later_s}, (_records_part(encode_records(())),))
         header |= {"cursor": page.cursor.encode(), "left": page.left_s, "more": page.more, "lacks": page.lacks}
@@ -142,10 +144,14 @@ class DhtProtocol:
         return Message("stored", header)
 
     def _asker(self, peer: PeerId) -> bytes:
-        """Who shares a part of what may be under way: a peer's address group, or the peer where groups mean nothing."""
+        """Who shares a part of what may be under way: a peer's address group, or the peer where groups mean nothing.
+
+        Those that asked on a connection which is being left share one: they could choose to.
+        """
         connection = self._host.connection(peer)
-        remote = None if connection is None else connection.remote_address
-        return group_of(remote, exempt_private=self._exempt_private).encode() or peer.multihash
+        if connection is None:
+            return LEAVING
+        return group_of(connection.remote_address, exempt_private=self._exempt_private).encode() or peer.multihash
 
     async def _see_it_arrive(self, stream: Stream, answer: Message) -> None:
         """A long answer is under way until its asker has it, or what the socket took of it has gone."""
@@ -155,10 +161,10 @@ class DhtProtocol:
         serial = self._under_way.began(self._asker(stream.remote_peer), size_bytes, self._now())
         has_arrived = False
         try:
-            was_sent = await self._send_all(stream)
             async with asyncio.timeout(limits.UNDER_WAY_LIFE_S):
+                was_sent = await self._send_all(stream)
                 await stream.connection.wait_arrived()
-            has_arrived = was_sent
+                has_arrived = was_sent
         except (TimeoutError, ConnectionLost):
             log.debug("it isn't known whether an answer has arrived at %s", stream.remote_peer.short)
         finally:

@@ -36,23 +36,27 @@ class AnswersUnderWay:
         self._arrived_bytes = 0.0
         """Forgotten exponentially, with `limits.ARRIVED_LATELY_S`."""
         self._arrived_at = float("-inf")
-        self.put_off = 0
-        """How many askers were told to ask again."""
+        self._put_off = 0
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def wait_s(self, asker: bytes, size_bytes: int, now: float) -> float:
+    @property
+    def put_off(self) -> int:
+        """How many askers were told to ask again."""
+        return self._put_off
+
+    def later_s(self, asker: bytes, size_bytes: int, now: float) -> float:
         """After how many seconds ``asker`` should ask again for an answer of that size; 0 where it may go now.
 
         One that goes may be as long as it likes: were it measured by what is left, newcomers, who ask for all, would wait for ever.
         """
         if size_bytes < limits.LONG_ANSWER_BYTES or self._has_room(asker, now):
             return 0.0
-        self.put_off += 1
-        spread = 0.75 + 0.5 * (GOLDEN * self.put_off % 1.0)  # those put off at one moment come back one by one
-        wait_s = spread * self._bytes / max(self._rate(now), float(limits.UNDER_WAY_BYTES))
-        return min(limits.LATER_MAX_S, max(limits.LATER_MIN_S, wait_s))
+        self._put_off += 1
+        spread = 0.75 + 0.5 * (GOLDEN * self._put_off % 1.0)  # those put off at one moment come back one by one
+        later_s = spread * self._bytes / max(self._rate(now), limits.ARRIVES_BYTES_PER_S)
+        return min(limits.LATER_MAX_S, max(limits.LATER_MIN_S, later_s))
 
     def _has_room(self, asker: bytes, now: float) -> bool:
         of_asker = sum(1 for answer in self._answers.values() if answer.asker == asker)

@@ -13,7 +13,7 @@ from kademlia.node import Node
 
 from netsim.loop import run
 from overlay.dht import limits
-from overlay.dht.following import FollowedKey
+from overlay.dht.following import FollowedKey, _Later
 from overlay.dht.lookup import Found
 from overlay.dht.pages import lacks
 from overlay.dht.records import Record, location_of, seal_record
@@ -500,6 +500,21 @@ def test_those_that_say_later_for_ever_hold_a_read_up_no_longer_than_a_lookup_ta
         assert holders.time_s() == pytest.approx(limits.LOOKUP_S, abs=0.1)
         asked = Counter(asked.contact.id for asked in holders.asked)
         assert max(asked.values()) <= 2 + limits.LOOKUP_S / limits.LATER_MAX_S
+
+    following(holders, scene)
+
+
+def test_one_that_says_later_for_ever_is_asked_for_ever_and_an_empty_key_is_soon_said_to_be_one() -> None:
+    """Thousands of times in a row: how often it said so is no reason to fail."""
+    holders = Holders()
+    liar = CONTACTS[order_of(b"salt")[0]]
+    holders.busy_until[liar.id] = float("inf")
+
+    async def scene(followed: FollowedKey) -> None:
+        followed._later[liar.id] = _Later(0.0, 5000)
+        assert await followed.read() == ()
+        assert holders.time_s() == pytest.approx(limits.LATER_WAITED_S, abs=0.1)
+        assert followed._later[liar.id].times > 5000
 
     following(holders, scene)
 

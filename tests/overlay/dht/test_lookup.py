@@ -183,7 +183,7 @@ def test_who_says_later_is_asked_again_after_that_time_and_its_records_count() -
     crowd = BusyCrowd(1, {0: 2}, 0.6, holding=1)
     (busy,) = crowd.busy
     lookup = crowd.looked_up([busy])
-    assert crowd.asked_at(busy) == pytest.approx([0.0, ANSWER_S + 0.6, 2 * (ANSWER_S + 0.6)])
+    assert crowd.asked_at(busy) == pytest.approx([0.0, ANSWER_S + 0.6, 2 * ANSWER_S + 0.6 + 1.2])
     assert [record.value for record in lookup.merged.values()] == [b"held"]
     assert list(lookup.answered) == [busy.id]
     assert lookup.requests == 1
@@ -224,6 +224,24 @@ def test_a_crowd_that_says_later_for_ever_ends_a_look_with_nothing_and_in_time()
     assert lookup.merged == {}
     assert lookup.report.took_s <= limits.LOOKUP_S
     assert lookup.passed_over() == []
+
+
+def test_in_place_of_those_that_say_later_others_are_asked_at_once() -> None:
+    crowd = BusyCrowd(40, dict.fromkeys(range(limits.ALPHA), 99), limits.LATER_MAX_S, holding=40)
+    crowd.looked_up(crowd.contacts[: limits.KSIZE])
+    assert crowd.asked_at(crowd.contacts[limits.ALPHA]) == [pytest.approx(ANSWER_S)]
+
+
+def test_those_that_said_later_and_no_more_are_not_told_what_they_lack() -> None:
+    crowd = BusyCrowd(40, {0: 99, 3: 99}, limits.LATER_MAX_S, holding=40)
+    assert crowd.looked_up(crowd.contacts[: limits.KSIZE]).corrections() == []
+
+
+def test_an_empty_key_is_not_looked_for_longer_because_somebody_says_later_for_ever() -> None:
+    crowd = BusyCrowd(limits.KSIZE, {0: 99}, limits.LATER_MAX_S, holding=0)
+    lookup = crowd.looked_up(crowd.contacts)
+    assert lookup.merged == {}
+    assert lookup.report.took_s == pytest.approx(limits.LATER_WAITED_S, abs=0.01)
 
 
 def test_what_one_told_before_it_said_later_counts_and_is_not_asked_for_again() -> None:
