@@ -38,7 +38,7 @@ def test_a_hop_that_takes_windows_of_other_epochs_or_answers_nothing_where_the_t
     cells = cast(dict[str, Mapping[Age, HopRule]], HOP_CELLS)
     monkeypatch.setitem(cells, "window", windows)
     monkeypatch.setitem(cells, "reserved", dict.fromkeys(Age, HopRule.IGNORE))
-    outcome = short("session-copies", 1, texts=1, copies=0.2)
+    outcome = short("session-copies", 4, texts=1, new_tokens=(16, 24), copies=0.2)
     assert outcome.numbers["unasked"] >= 1
     assert outcome.numbers["misanswered"] >= outcome.numbers["copies.hop.fork-early"] >= 1
     assert not outcome.passed

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from netsim import world as world_module
-from netsim.loop import HOST, VirtualLoop
+from netsim.loop import HOST, VirtualLoop, heap_set_aside
 from netsim.peers.echo import EchoPeer
 from netsim.sim_host import LISTEN_PORT
 from netsim.trace import Trace
@@ -37,7 +37,7 @@ def in_world(work: Work, seed: int = 1, expected_errors: tuple[str, ...] = ()) -
             await work(world)
         world.close()
 
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+    with heap_set_aside(), asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(main())
     assert loop.failures == []
     return worlds[0]
