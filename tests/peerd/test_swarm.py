@@ -313,7 +313,7 @@ class Holders:
         self.contacts = 0
 
     def statistics(self) -> DhtStatistics:
-        return DhtStatistics(self.contacts, 0, 0, 0, 0, 0)
+        return DhtStatistics(self.contacts, 0, 0, 0, 0, 0, 0)
 
     def follow(self, key: bytes) -> Followed:
         return Followed(self, key)
