@@ -16,7 +16,7 @@ from overlay.connection import Connection
 from overlay.dht import limits
 from overlay.dht.lookup import Found
 from overlay.dht.node import Dht
-from overlay.dht.protocol import DHT
+from overlay.dht.protocol import DHT, LEAVING
 from overlay.dht.records import location_of
 from overlay.dht.table import Contact
 from overlay.host import Host
@@ -144,5 +144,20 @@ def test_peers_of_one_address_group_share_its_part_and_those_at_private_addresse
         await asyncio.sleep(1)
         askers = {scene.holder._protocol._asker(host.peer_id) for host in scene.hosts[1:]}
         assert len(askers) == (2 if is_private else 1)
+
+    scene_of(play)
+
+
+def test_those_that_ask_and_leave_at_once_share_one_part_whoever_they_are() -> None:
+    """A peer may say go-away with its question: its connection is none of the host's by the time that it is answered."""
+
+    async def play(scene: Scene) -> None:
+        for reader in range(2):
+            connection = await scene.connection(reader)
+            await asyncio.sleep(1)
+            connection.leave()
+            await asyncio.sleep(0.06)
+        askers = [scene.holder._protocol._asker(host.peer_id) for host in scene.hosts[1:]]
+        assert askers == [LEAVING, LEAVING]
 
     scene_of(play)
