@@ -18,9 +18,9 @@ from netsim.peers.node import BLANK, Answer, NodePeer, NodeSettings
 from netsim.sim_host import Machine
 from netsim.strikes import Striker
 from netsim.workloads import Scene
+from netsim.workloads.dht import count_connections
 from netsim.world import HostDied, State, World
 from overlay.errors import PeerdError
-from overlay.limits import CONNECTIONS_IDLE_MAX
 from routing.types import Span
 
 SAMPLE_S = 1.0
@@ -248,11 +248,9 @@ class Crowd(Scene[CrowdSettings]):
         for machine in self._world.alive():
             peer = cast(NodePeer | None, machine.peer)
             if peer is not None:
-                count = len(peer.host.connections()) + len(peer.host._draining)
+                count = count_connections(self._metrics, machine, peer.host)
                 if is_settled:
                     self._metrics.observe("connections", count, of=machine.name)
-                over = count > CONNECTIONS_IDLE_MAX
-                self._metrics.count("connections.over", int(over), of=machine.name if over else "")
 
     def _note_spread(self) -> None:
         rates = self._servers.rates()

@@ -18,6 +18,7 @@ from netsim.peers.dht import DhtPeer
 from netsim.workloads import Scene, Told
 from netsim.world import HostDied, Machine, World
 from overlay.dht.records import Record
+from overlay.host import Host
 from overlay.identity import PeerId
 from overlay.limits import CONNECTIONS_IDLE_MAX
 
@@ -112,10 +113,8 @@ class Field:
                 peer = cast(DhtPeer | None, machine.peer)
                 if peer is None:
                     continue
-                count = len(peer.overlay.connections()) + len(peer.overlay._draining)
+                count = count_connections(self.metrics, machine, peer.overlay)
                 total += count
-                over = count > CONNECTIONS_IDLE_MAX
-                self.metrics.count("connections.over", int(over), of=machine.name if over else "")
                 if self.world.now_s > self._settled_at:
                     self._observe_connections(machine, peer, count)
             self.metrics.sample("connections.open", self.world.now_s, total)
@@ -193,6 +192,14 @@ class Field:
             for number in range(min(count, len(works))):
                 tasks.create_task(worker(), name=f"worker {number}")
         return results
+
+
+def count_connections(metrics: Metrics, machine: Machine, overlay: Host) -> int:
+    """How many it has, those that are closing too; counts it among those with more than are held idle."""
+    count = len(overlay.connections()) + len(overlay._draining)
+    over = count > CONNECTIONS_IDLE_MAX
+    metrics.count("connections.over", int(over), of=machine.name if over else "")
+    return count
 
 
 def peer_of(machine: Machine) -> DhtPeer:

@@ -1,6 +1,6 @@
 """A key that everybody reads at once: newcomers ask its few holders, on homes' uplinks, for all of it.
 
-What a reader has after its read is compared with what was published, and how long it took with what the holders' uplinks could do.
+What a reader knows after each read is compared with what was published; measured is how long it took until that was all.
 """
 
 from __future__ import annotations

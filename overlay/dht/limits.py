@@ -97,7 +97,7 @@ RPC_DIAL_TIMEOUT_S = 3.0
 LONG_ANSWER_BYTES = 8 << 10
 """Shorter ones always go, and nobody looks whether they arrive."""
 UNDER_WAY_BYTES = 512 << 10
-"""Of long answers: nine tenths of a second of an uplink of 5 Mbit/s ..."""
+"""Of long answers: eight tenths of a second of an uplink of 5 Mbit/s ..."""
 UNDER_WAY_S = 0.75
 """... or what arrives within so long, where that is more: askers ask somebody else after a second."""
 ARRIVED_LATELY_S = 1.0

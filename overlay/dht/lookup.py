@@ -175,7 +175,8 @@ class NodeLookup(SpiderCrawl):
         self._late = {asked.contact.id: None for asked in late}
         waits = [left_s for left_s in left if left_s > 0]
         waits += [left_s + patience_s for left_s in left if -patience_s < left_s <= 0]
-        waits += [wait_s for asked in late if (wait_s := asked.at + limits.LATER_WAITED_S - now) > 0]
+        busy = [asked.at + limits.LATER_WAITED_S - now for asked in late if self._is_busy(asked)]
+        waits += [wait_s for wait_s in busy if wait_s > 0]
         return max(min(waits), 0.001) if waits else limits.LOOKUP_S
 
     def _is_busy(self, asked: _Asked) -> bool:
